@@ -1,0 +1,33 @@
+"""Bounded lag synchronous collectives over UCX one-sided puts.
+
+`Exchange` is the product: an irregular all-to-all in which a rank may run up to `lag` iterations ahead of the slowest,
+and whose results are late but never stale. Importing this package loads neither UCX nor torch; using `Exchange` does.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
+
+from blsrdma.errors import BlsrdmaError
+
+if TYPE_CHECKING:
+    from blsrdma.exchange import Exchange
+    from blsrdma.handle import Handle, Received
+
+__all__ = ["BlsrdmaError", "Exchange", "Handle", "Received", "__version__"]
+
+try:
+    __version__ = version("blsrdma")
+except PackageNotFoundError:  # a source tree that has not been installed
+    __version__ = "0+unknown"
+
+
+_ROOMS = {"Exchange": "blsrdma.exchange", "Handle": "blsrdma.handle", "Received": "blsrdma.handle"}
+
+
+def __getattr__(name: str) -> object:
+    if name in _ROOMS:
+        return getattr(import_module(_ROOMS[name]), name)
+    raise AttributeError(f"module 'blsrdma' has no attribute {name!r}")

@@ -1,0 +1,98 @@
+"""Every error that blsrdma raises on purpose. All derive from `BlsrdmaError`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+
+class BlsrdmaError(RuntimeError):
+    """Base of all errors of this package."""
+
+
+class SettingsError(BlsrdmaError, ValueError):
+    """A setting has a bad value, or is unknown."""
+
+
+class SettingsMismatch(BlsrdmaError):
+    """Ranks disagree on something that must be the same on all of them."""
+
+
+class MemoryLimitExceeded(BlsrdmaError, MemoryError):
+    """The windows would take more memory than the limit allows. Raised before anything is allocated."""
+
+
+class RendezvousError(BlsrdmaError):
+    """The ranks did not find together: some are missing at the deadline, or one reported an error."""
+
+
+class UcxError(BlsrdmaError):
+    """A call into UCX failed."""
+
+
+class SendBufferError(BlsrdmaError, TypeError):
+    """`send` cannot be posted: not an array or tensor, not contiguous, not in CPU memory, or of an unusable type."""
+
+
+class CountsError(BlsrdmaError, ValueError):
+    """`counts` does not describe `send`."""
+
+
+class MessageTooLarge(BlsrdmaError, ValueError):
+    """A message is larger than the window it would be put into."""
+
+
+class WindowHeld(BlsrdmaError):
+    """This rank posts iteration i while it still holds i - lag - 1: waiting would be waiting for itself."""
+
+
+class ExchangeClosed(BlsrdmaError):
+    """The exchange has been closed by this rank."""
+
+
+class PeerTimeout(BlsrdmaError, TimeoutError):
+    """Some peers' messages of an iteration did not arrive before the deadline. Nothing is lost: the wait may be
+    repeated.
+
+    Attributes: `iteration`; `missing`, the ranks; `counters`, per missing rank the number of its messages that are
+    here.
+    """
+
+    def __init__(self, message: str, iteration: int, missing: Sequence[int], counters: Mapping[int, int]) -> None:
+        super().__init__(message)
+        self.iteration = iteration
+        self.missing = tuple(missing)
+        self.counters = dict(counters)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (str(self), self.iteration, self.missing, self.counters)
+
+
+class PeerFailed(BlsrdmaError):
+    """A peer died or left with an error, so an iteration will never complete. The exchange is of no more use.
+
+    Attributes: `rank`, `iteration` and `reason`.
+    """
+
+    def __init__(self, message: str, rank: int, iteration: int, reason: str) -> None:
+        super().__init__(message)
+        self.rank = rank
+        self.iteration = iteration
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (str(self), self.rank, self.iteration, self.reason)
+
+
+class PeerLeft(PeerFailed):
+    """A peer closed the exchange, without an error, before it posted an iteration that this rank waits for."""
+
+
+class WindowCorrupt(PeerFailed):
+    """What lies in a peer's window is not a message of that peer: a lying header, or a foreign write."""
+
+
+class DtypeMismatch(PeerFailed):
+    """A peer posted another element type in the same iteration."""

@@ -1,0 +1,356 @@
+"""The bounded-lag all-to-all: `Exchange`.
+
+    with Exchange(lag=3, window_bytes=1 << 16) as exchange:         # under torchrun, on every rank
+        handles = deque()
+        for batch in batches:
+            exchange.begin()                                        # waits at the lag bound
+            handles.append(exchange.post(rows_for_everyone(batch), counts))
+            if len(handles) > exchange.lag:
+                with handles.popleft() as received:                 # waits, then frees the windows at the end
+                    use(received[0], received[1], ...)              # one view per source rank, no copy
+
+One thread at a time calls an Exchange and its handles. Waits release the GIL.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import secrets
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from blsrdma import hosts
+from blsrdma.buffers import as_counts, describe, equal_counts
+from blsrdma.errors import (
+    BlsrdmaError,
+    ExchangeClosed,
+    MemoryLimitExceeded,
+    PeerFailed,
+    SettingsError,
+)
+from blsrdma.fabric import Fabric
+from blsrdma.handle import Handle
+from blsrdma.outcomes import typed_error
+from blsrdma.rendezvous import Rendezvous, Round, environment_ranks, store_from_environment
+from blsrdma.settings import Settings, default_memory_limit, format_size, timeout_ns
+from blsrdma.ucx import native, version
+from blsrdma.windows import LINE_BYTES, WindowGeometry, windows_needed
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from torch.distributed import Store  # type: ignore[attr-defined]
+
+    from blsrdma.buffers import Array, Counts
+
+log = logging.getLogger("blsrdma")
+
+# Farewell codes; native/layout.h has them too.
+_CLOSED, _ERRED, _BEREAVED = 1, 2, 3
+
+_open: weakref.WeakSet[Exchange] = weakref.WeakSet()
+_quarantine: list[Any] = []  # what a peer may still write into: kept until the process ends
+
+
+class Exchange:
+    """An all-to-all of messages of any sizes, bounded-lag synchronous.
+
+    Parameters:
+        store: a torch.distributed Store that all ranks share; None: the one that torchrun's environment names.
+        rank, world_size: None: RANK and WORLD_SIZE from the environment.
+        name: exchanges that use one store at the same time need different names.
+        lag, window_bytes, timeout, close_timeout, direct, copy_self, memory_limit: see blsrdma.settings; None means not
+            given: the environment's BLSRDMA_* or the default.
+
+    Raises, on every rank well before the deadline if one of them is at fault: SettingsError for bad values,
+    MemoryLimitExceeded before anything is allocated, SettingsMismatch when ranks disagree, RendezvousError when ranks
+    are missing or have failed.
+    """
+
+    def __init__(
+        self,
+        store: Store | None = None,
+        rank: int | None = None,
+        world_size: int | None = None,
+        *,
+        name: str = "exchange",
+        lag: int | None = None,
+        window_bytes: int | None = None,
+        timeout: float | None = None,
+        close_timeout: float | None = None,
+        direct: bool | None = None,
+        copy_self: bool | None = None,
+        memory_limit: int | None = None,
+        _windows: int | None = None,
+        _guard_bytes: int = 0,
+    ) -> None:
+        # _windows breaks the reuse rule and _guard_bytes puts untouched bytes around windows: for the tests of both.
+        self._closed = True  # until it is open
+        self._failure: PeerFailed | None = None
+        if rank is None or world_size is None:
+            rank, world_size = environment_ranks()
+        self.rank, self.world_size, self.name = rank, world_size, name
+        refusal: SettingsError | None = None
+        try:
+            self.settings = Settings.resolve(
+                lag=lag, window_bytes=window_bytes, timeout=timeout, close_timeout=close_timeout,
+                direct=direct, copy_self=copy_self, memory_limit=memory_limit,
+            )  # fmt: skip
+        except SettingsError as error:
+            refusal, self.settings = error, Settings()
+        # What this rank refuses it reports, so that the others, who may be waiting for it already, end too.
+        if store is None:
+            store = store_from_environment(rank, world_size, self.settings.timeout)
+        rendezvous = Rendezvous(store, name, rank, world_size, self.settings.timeout)
+        try:
+            if refusal is not None:
+                raise refusal
+            windows = _windows or windows_needed(self.settings.lag)
+            self.geometry = WindowGeometry(
+                world_size, windows, self.settings.window_bytes, self.settings.copy_self, _guard_bytes
+            )
+            self._refuse_over_limit()
+            self._timeout_ns = timeout_ns(self.settings.timeout)
+            self._fabric = Fabric.of_process()
+            self._arena = self._fabric.allocate(self.geometry.arena_bytes)
+        except BaseException as error:
+            rendezvous.report(error)
+            raise
+        self._bytes: np.ndarray[Any, np.dtype[np.uint8]] = self._arena.array()
+        token = secrets.token_bytes(LINE_BYTES)
+        self._bytes[:LINE_BYTES] = np.frombuffer(token, np.uint8)
+        self._in_flight: dict[int, Handle] = {}  # posted, and not yet both released and sent
+        met = rendezvous.meet(self._agreed(), self._blob(token))
+        self._core = self._connect(rendezvous, met)
+        self._closed = False
+        _open.add(self)
+        log.info(
+            "exchange %r: rank %d of %d, lag %d, %d windows of %s from each of %d sources: %s registered; UCX %s",
+            name, rank, world_size, self.lag, self.geometry.windows, format_size(self.window_bytes),
+            self.geometry.sources, format_size(self.memory_bytes), version,
+        )  # fmt: skip
+
+    # --- what it is
+
+    @property
+    def lag(self) -> int:
+        """Iterations this rank may run ahead of the slowest."""
+        return self.settings.lag
+
+    @property
+    def window_bytes(self) -> int:
+        """The largest message to another rank, in bytes."""
+        return self.settings.window_bytes
+
+    @property
+    def memory_bytes(self) -> int:
+        """Registered memory of this rank, in bytes."""
+        return self.geometry.arena_bytes
+
+    @property
+    def iteration(self) -> int:
+        """The number of the next iteration to be posted."""
+        self._usable()
+        return self._core.next
+
+    # --- the loop
+
+    def begin(self, timeout: float | None = None) -> int:
+        """Wait until work on the next iteration may begin, and return its number i.
+
+        It may when iteration i - lag - 1 is complete: every rank has posted it. Notes the lead, see stats(). The handle
+        of i - lag - 1 has still to be released before i can be posted. Raises PeerTimeout, PeerFailed.
+        """
+        self._usable()
+        iteration = self._core.next
+        outcome = self._core.begin(self._ns(timeout))
+        if outcome:
+            raise self._error(outcome)
+        return iteration
+
+    def post(self, send: Array, counts: Counts | None = None, timeout: float | None = None) -> Handle:
+        """Send this rank's messages of the next iteration, one to every rank.
+
+        Parameters:
+            send: a C-contiguous numpy array or torch tensor in CPU memory, of any dtype. It belongs to the exchange
+            until
+                the handle says sent(): do not write into it before.
+            counts: counts[q] items along the leading dimension go to rank q, in rank order; they add up to
+            send.shape[0].
+                None: equal parts.
+            timeout: seconds, for the lag bound (begin() has already waited for it in the usual loop).
+
+        Returns at once unless the lag bound is reached. Nothing has been sent when it raises: SendBufferError,
+        CountsError, MessageTooLarge, WindowHeld (iteration i - lag - 1 has not been released), PeerTimeout, PeerFailed.
+        """
+        self._usable()
+        self._forget_sent()
+        buffer = describe(send)
+        split = equal_counts(buffer.items, self.world_size) if counts is None else as_counts(counts, self.world_size)
+        iteration = self._core.next
+        outcome = self._core.post(buffer.address, buffer.items, buffer.item_bytes, split, buffer.tag, self._ns(timeout))
+        if outcome:
+            raise self._error(outcome)
+        handle = Handle(self, iteration, send, buffer)
+        self._in_flight[iteration] = handle
+        return handle
+
+    # --- what it did
+
+    def stats(self) -> dict[str, Any]:
+        """What happened so far.
+
+        max_lead: the most iterations this rank was ahead of the slowest when it began one; iterations posted;
+        memory_bytes; and `peers`, one entry per rank: path (direct, put, self), transport (UCX's, for puts), messages
+        and bytes sent to it, wait_ns spent in waits until its message came.
+        """
+        self._usable()
+        peers = []
+        for q in range(self.world_size):
+            messages, sent_bytes, wait_ns = self._core.stats(q)
+            path = "self" if q == self.rank else "direct" if self._core.direct(q) else "put"
+            transport = {"self": "", "direct": "mapped", "put": ""}[path] or self._core.transport(q)
+            peers.append(
+                {"rank": q, "path": path, "transport": transport, "messages": messages, "bytes": sent_bytes,
+                 "wait_ns": wait_ns}
+            )  # fmt: skip
+        return {
+            "max_lead": self._core.max_lead,
+            "iterations": self._core.next,
+            "memory_bytes": self.memory_bytes,
+            "peers": peers,
+        }
+
+    # --- the end
+
+    def close(self, error: BaseException | None = None) -> None:
+        """Leave. Messages that were posted still arrive; peers that wait for more get PeerLeft, or PeerFailed if an
+        `error` is given, with its text. Returns within `close_timeout`: peers that have not closed by then keep this
+        rank's windows alive. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        _open.discard(self)
+        code, blamed, text = _CLOSED, 0, "it closed the exchange"
+        if isinstance(error, PeerFailed):
+            code, blamed, text = _BEREAVED, error.rank, str(error)
+        elif error is not None:
+            code, text = _ERRED, f"{type(error).__name__}: {error}"
+        limit = native.FAREWELL_TEXT_BYTES
+        short = text.encode()[:limit].decode(errors="ignore")
+        if not self._core.close(code, blamed, short, timeout_ns(self.settings.close_timeout)):
+            log.info("exchange %r: peers had not closed after %g s; its windows are kept", self.name,
+                     self.settings.close_timeout)  # fmt: skip
+            _quarantine.append((self._core, self._arena, self._fabric, self._in_flight))
+        self._in_flight = {}
+
+    def __enter__(self) -> Exchange:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close(error)
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else f"lag {self.lag}"
+        return f"<Exchange {self.name!r}: rank {self.rank} of {self.world_size}, {state}>"
+
+    # --- inside
+
+    def _refuse_over_limit(self) -> None:
+        limit = self.settings.memory_limit
+        if limit is None:
+            limit = default_memory_limit(int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size)))
+        need = self.geometry.arena_bytes
+        if need > limit:
+            raise MemoryLimitExceeded(
+                f"windows need {format_size(need)} per rank ({self.geometry.sources} sources x {self.geometry.windows} "
+                f"windows of {format_size(self.settings.window_bytes)}); memory_limit is {format_size(limit)}"
+            )
+
+    def _agreed(self) -> dict[str, Any]:
+        return {
+            "lag": self.settings.lag,
+            "window_bytes": self.settings.window_bytes,
+            "copy_self": self.settings.copy_self,
+            "windows": self.geometry.windows,
+            "guard_bytes": self.geometry.guard_bytes,
+        }
+
+    def _blob(self, token: bytes) -> dict[str, Any]:
+        return {
+            "incarnation": self._fabric.incarnation,
+            "address": self._fabric.address,
+            "rkey": self._arena.packed_rkey(),
+            "base": self._arena.address,
+            "token": token,
+            "host": hosts.host_id(),
+            "pid": os.getpid(),
+            "began": hosts.started(os.getpid()),
+        }
+
+    def _connect(self, rendezvous: Rendezvous, met: Round) -> native.Exchange:
+        here = [blob["host"] == met.blobs[self.rank]["host"] for blob in met.blobs]
+        # Two ranks that spin on one core make each other wait for a whole time slice.
+        spins = 2000 if sum(here) <= hosts.cores() else 0
+        core = native.Exchange(
+            self._fabric.native, self._arena, self._native_geometry(), self.rank, self.settings.lag, met.epoch,
+            self.settings.copy_self, self.settings.direct, spins, 1000,
+        )  # fmt: skip
+        error: BaseException | None = None
+        try:
+            peers, pidfds = [], []
+            for q, blob in enumerate(met.blobs):
+                pidfds.append(hosts.open_pidfd(blob["pid"], blob["began"]) if here[q] and q != self.rank else -1)
+                if q != self.rank:
+                    peers.append((q, blob["address"], blob["rkey"], blob["base"], blob["token"]))
+            core.connect(peers, pidfds, self._timeout_ns)
+        except BaseException as failed:
+            error = failed
+        try:
+            rendezvous.confirm(error)
+        except BlsrdmaError:
+            if not core.close(_ERRED, 0, "it could not connect", timeout_ns(1.0)):
+                _quarantine.append((core, self._arena, self._fabric))
+            raise
+        return core
+
+    def _native_geometry(self) -> native.Geometry:
+        geometry = native.Geometry()
+        for field in ("ranks", "windows", "window_bytes", "window_stride", "control_offset", "windows_offset",
+                      "staging_offset", "arena_bytes"):  # fmt: skip
+            setattr(geometry, field, getattr(self.geometry, field))
+        return geometry
+
+    def _forget_sent(self) -> None:
+        # A released iteration's `send` is kept until its puts have left it, whatever its owner does with the handle.
+        for iteration in [i for i, handle in self._in_flight.items() if handle.released and self._core.sent(i)]:
+            del self._in_flight[iteration]
+
+    def _usable(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+        if self._closed:
+            raise ExchangeClosed(f"exchange {self.name!r} is closed")
+
+    def _ns(self, timeout: float | None) -> int:
+        return self._timeout_ns if timeout is None else timeout_ns(timeout)
+
+    def _error(self, outcome: int) -> BlsrdmaError:
+        """The typed error for what the core refused or met. A failure is remembered: every later call meets it too."""
+        error = typed_error(outcome, self._core, self.name, self.rank, self.world_size)
+        if isinstance(error, PeerFailed):
+            self._failure = error
+        return error
+
+
+@atexit.register
+def _close_what_is_open() -> None:
+    for exchange in list(_open):
+        log.warning("exchange %r was not closed before the interpreter ended", exchange.name)
+        exchange.close(BlsrdmaError("the interpreter ended without close()"))

@@ -1,0 +1,42 @@
+#include "arena.h"
+
+#include <cstring>
+#include <utility>
+
+namespace blsrdma {
+
+Arena::Arena(ucp_context_h context, std::shared_ptr<void> owner, std::size_t bytes)
+    : owner_(std::move(owner)), context_(context), bytes_(bytes) {
+  ucp_mem_map_params_t params{};
+  params.field_mask =
+      UCP_MEM_MAP_PARAM_FIELD_LENGTH | UCP_MEM_MAP_PARAM_FIELD_FLAGS | UCP_MEM_MAP_PARAM_FIELD_MEMORY_TYPE;
+  params.length = bytes;
+  params.flags = UCP_MEM_MAP_ALLOCATE;
+  params.memory_type = UCS_MEMORY_TYPE_HOST;
+  const ucs_status_t status = ucp_mem_map(context_, &params, &handle_);
+  if (status != UCS_OK) {
+    throw UcxError("cannot allocate " + std::to_string(bytes) + " bytes of registered memory for windows", status);
+  }
+  ucp_mem_attr_t attributes{};
+  attributes.field_mask = UCP_MEM_ATTR_FIELD_ADDRESS;
+  const ucs_status_t queried = ucp_mem_query(handle_, &attributes);
+  if (queried != UCS_OK) {
+    ucp_mem_unmap(context_, handle_);
+    throw UcxError("ucp_mem_query", queried);
+  }
+  data_ = static_cast<std::byte*>(attributes.address);
+  std::memset(data_, 0, bytes_);
+}
+
+Arena::~Arena() { ucp_mem_unmap(context_, handle_); }
+
+std::string Arena::packed_rkey() const {
+  void* buffer = nullptr;
+  std::size_t size = 0;
+  check(ucp_rkey_pack(context_, handle_, &buffer, &size), "ucp_rkey_pack");
+  std::string packed(static_cast<const char*>(buffer), size);
+  ucp_rkey_buffer_release(buffer);
+  return packed;
+}
+
+}  // namespace blsrdma
