@@ -43,7 +43,7 @@ from blsrdma.windows import LINE_BYTES, WindowGeometry, windows_needed
 if TYPE_CHECKING:
     from types import TracebackType
 
-    from torch.distributed import Store  # type: ignore[attr-defined]
+    from torch.distributed import Store
 
     from blsrdma.buffers import Array, Counts
 

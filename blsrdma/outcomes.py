@@ -40,7 +40,7 @@ def typed_error(outcome: int, core: native.Exchange, name: str, self_rank: int, 
     if kind == _Outcome.COUNT_NEGATIVE:
         return CountsError(f"counts[{rank}] = {a - (1 << 64)}: must be >= 0")
     if kind == _Outcome.COUNT_SUM:
-        return CountsError(f"counts do not add up: {a} items or more, send has {b}")
+        return CountsError(f"counts add up to {a} items, send has {b}")
     if kind == _Outcome.TOO_LARGE:
         return MessageTooLarge(
             f"the message to rank {rank} in iteration {iteration} has {a} bytes, the window {b}: "

@@ -35,13 +35,14 @@ from blsrdma.errors import RendezvousError, SettingsError, SettingsMismatch
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from torch.distributed import Store  # type: ignore[attr-defined]
+    from torch.distributed import Store
 
 log = logging.getLogger("blsrdma")
 
 PROTOCOL = 1  # raised with every change of what ranks write into each other's memory or into the store
-# How long an error that nobody has acknowledged, and that may be an earlier incarnation's, has to be replaced.
-ERROR_GRACE_S = 1.0
+# How long no hello must have changed before bad news is told: an error in the store may be an earlier incarnation's,
+# about to be replaced, and a rank that still comes has to hear of a mismatch too.
+GRACE_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def environment_ranks() -> tuple[int, int]:
 def store_from_environment(rank: int, world_size: int, timeout: float = 60.0) -> Store:
     """The TCPStore that MASTER_ADDR and MASTER_PORT name, as torchrun sets them; rank 0 hosts it unless the agent
     does."""
-    from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
+    from torch.distributed import PrefixStore, TCPStore
 
     try:
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -162,9 +163,10 @@ class Rendezvous:
             acked = [r for r in may_have if acks[r] == self._round_id]
             verdict = _disagreement({r: hellos[r]["agreed"] for r in acked})
             failed = [r for r in hellos if "error" in hellos[r]]
-            if failed and time.monotonic() - changed_at > ERROR_GRACE_S:
+            settled = time.monotonic() - changed_at > GRACE_S
+            if failed and settled:
                 verdict = {"error": f"rank {failed[0]} failed: {hellos[failed[0]]['error']}"}
-            if len(acked) == self._world or verdict:
+            if settled if verdict else set(acked) >= set(range(self._world)):
                 self._set("go", json.dumps({"id": self._round_id, **verdict}))
                 return self._result(hellos, verdict)
             if self._late():
@@ -189,7 +191,7 @@ class Rendezvous:
                 leader = json.loads(self._get("hello/0"))
                 if "error" not in leader:
                     failing_since = math.inf
-                elif time.monotonic() - (failing_since := min(failing_since, time.monotonic())) > ERROR_GRACE_S:
+                elif time.monotonic() - (failing_since := min(failing_since, time.monotonic())) > GRACE_S:
                     raise RendezvousError(f"rank 0 failed: {leader['error']}")
             if self._round_id and self._check("go"):
                 verdict = json.loads(self._get("go"))

@@ -124,6 +124,7 @@ class Settings:
         for variable, name in known.items():
             from_text, check = _KINDS[name]
             given = keywords.pop(name, None)
+            source = name if given is not None else variable
             try:
                 if given is not None:
                     values[name] = check(given)
@@ -131,7 +132,6 @@ class Settings:
                     given = environment[variable]
                     values[name] = check(from_text(given))
             except (ValueError, TypeError) as error:
-                source = variable if isinstance(given, str) else name
                 raise SettingsError(f"{source} = {given!r}: {error}") from None
         if keywords:
             raise SettingsError(f"unknown setting: {', '.join(sorted(keywords))}")

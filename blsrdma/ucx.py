@@ -14,10 +14,10 @@ if importlib.util.find_spec("ucxx") is None:
 
 os.environ.setdefault("UCX_WARN_UNUSED_ENV_VARS", "n")  # ucxx sets variables that UCX then does not know
 
-import ucxx  # noqa: E402,F401  (loads libucp)
-from ucxx._lib.libucxx import Feature, UCXContext, UCXWorker  # noqa: E402
+import ucxx  # noqa: F401  (loads libucp)
+from ucxx._lib.libucxx import Feature, UCXContext, UCXWorker
 
-from blsrdma import _native as native  # noqa: E402
+from blsrdma import _native as native
 
 __all__ = ["Feature", "UCXContext", "UCXWorker", "native", "version"]
 

@@ -183,25 +183,22 @@ Outcome Exchange::post(const std::byte* data, std::uint64_t items, std::uint64_t
   const std::uint64_t bound = std::uint64_t{config_.lag} + 1;
   std::uint64_t sum = 0;
   for (std::uint32_t q = 0; q < ranks; ++q) {
-    const std::int64_t count = counts[q];
-    details_ = {q, next_, static_cast<std::uint64_t>(count), window, ""};
-    if (count < 0) return Outcome::count_negative;
-    // Compared as counts: a product of two 64-bit numbers from a caller may wrap.
-    if (static_cast<std::uint64_t>(count) > items) {
-      details_ = {q, next_, static_cast<std::uint64_t>(count), items, ""};
-      return Outcome::count_sum;
-    }
-    const std::uint64_t bytes = static_cast<std::uint64_t>(count) * item_bytes;
-    const bool own_view = q == config_.rank && !config_.copy_self;
-    if (bytes > window && !own_view) {
-      details_.a = bytes;
-      return Outcome::too_large;
-    }
-    sum += static_cast<std::uint64_t>(count);
+    details_ = {q, next_, static_cast<std::uint64_t>(counts[q]), items, ""};
+    if (counts[q] < 0) return Outcome::count_negative;
+    if (__builtin_add_overflow(sum, static_cast<std::uint64_t>(counts[q]), &sum)) sum = ~std::uint64_t{0};
   }
   if (sum != items) {
     details_ = {config_.rank, next_, sum, items, ""};
     return Outcome::count_sum;
+  }
+  // From here on every count is at most `items`, so that no number of bytes exceeds the buffer's.
+  for (std::uint32_t q = 0; q < ranks; ++q) {
+    const std::uint64_t bytes = static_cast<std::uint64_t>(counts[q]) * item_bytes;
+    const bool own_view = q == config_.rank && !config_.copy_self;
+    if (bytes > window && !own_view) {
+      details_ = {q, next_, bytes, window, ""};
+      return Outcome::too_large;
+    }
   }
   if (next_ >= bound && !record(next_ - bound).released) {
     details_ = {config_.rank, next_ - bound, 0, 0, ""};
