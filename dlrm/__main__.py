@@ -1,0 +1,86 @@
+"""`python -m dlrm`: starts ranks, or is one where RANK is set (by torchrun or by ourselves)."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dlrm import launch
+from dlrm.errors import DlrmError, NotExact, OptionError
+from dlrm.options import Options, parse
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; 0, or 1 after an error, 2 after a wrong flag, 130 after an interrupt."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        options = parse(arguments)
+        rank, ranks = place(options)
+    except OptionError as error:
+        print(f"dlrm: {error}", file=sys.stderr)
+        return 2
+    if rank is None:
+        return guarded("dlrm", lambda: launch.launch("dlrm", arguments, ranks, options.threads), options.debug)
+    return guarded(f"rank {rank}", lambda: run_rank(options, rank, ranks), options.debug)
+
+
+def place(options: Options) -> tuple[int | None, int]:
+    """This process's rank, None for the launcher, and the number of ranks. Raises OptionError where they disagree."""
+    if "RANK" not in os.environ:
+        return None, options.ranks or 1
+    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if options.ranks not in (None, ranks):
+        raise OptionError(f"--ranks {options.ranks}, but WORLD_SIZE is {ranks}: under torchrun leave --ranks out")
+    return rank, ranks
+
+
+def run_rank(options: Options, rank: int, ranks: int) -> None:
+    """Be a rank: run, and at rank 0 show and write the results. Raises NotExact where --verify found a difference."""
+    launch.die_with_launcher()
+    logging.basicConfig(format=f"rank {rank}: %(message)s")
+    logging.getLogger("dlrm").setLevel(logging.INFO)
+    from blsrdma.rendezvous import store_from_environment
+    from dlrm import report
+    from dlrm.worker import Worker
+
+    worker = Worker(options, rank, ranks)
+    store = store_from_environment(rank, ranks, options.timeout)
+    result = worker.run(store)
+    if result is None:
+        return
+    if options.json == "-":
+        print(json.dumps(result.values, indent=2))
+    else:
+        report.show(result.values)
+        if options.json:
+            Path(options.json).write_text(json.dumps(result.values, indent=2) + "\n")
+    if result.difference:
+        raise NotExact(result.difference)
+
+
+def guarded(who: str, action: Callable[[], None], debug: bool) -> int:
+    """Do it; errors that have something to say become one line, `who: class: message`, and status 1."""
+    from blsrdma.errors import BlsrdmaError
+
+    try:
+        action()
+    except KeyboardInterrupt:
+        return 130
+    except (DlrmError, BlsrdmaError, OSError, MemoryError) as error:
+        if debug or os.environ.get("BLSRDMA_DEBUG") == "1":
+            raise
+        text = " ".join(str(error).split())
+        print(f"{who}: {type(error).__name__}: {text}", file=sys.stderr, flush=True)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

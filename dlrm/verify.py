@@ -1,0 +1,60 @@
+"""The same run once more in a single process, to compare bits with."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dlrm.dense import DenseSlice
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from dlrm.data.batch import Batch
+    from dlrm.model import Dense
+    from dlrm.placement import Placement
+    from dlrm.tables import Tables
+
+
+class SingleProcess:
+    """All tables and the dense model in one place, evaluated in the slices that the ranks evaluate.
+
+    Matrix products of other shapes round differently, so the slices are those of the ranks of `placement`, or the
+    blocks they use: what is compared has the same shapes, and any difference is one of values.
+    """
+
+    def __init__(self, tables: Tables, dense: Dense, placement: Placement, block: int) -> None:
+        self._tables, self._dense, self._placement, self._block = tables, dense, placement, block
+
+    def evaluate(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Pooled vectors [B, T, dim], logits [B] and click probabilities [B] of a batch."""
+        with torch.inference_mode():
+            pooled = self._tables.lookup_all(batch)
+            logits, probabilities = [], []
+            for samples in self._placement.samples(batch.size):
+                piece = DenseSlice(self._dense, samples, self._block)
+                piece.bottom(batch.dense)
+                piece.fill([pooled[samples.start : samples.stop]])
+                piece_logits, piece_probabilities = piece.predict()
+                logits.append(piece_logits)
+                probabilities.append(piece_probabilities)
+        return pooled, torch.cat(logits), torch.cat(probabilities)
+
+
+def first_difference(what: str, got: NDArray[np.float32], wanted: NDArray[np.float32], first: int) -> str | None:
+    """Where two float32 arrays [B, ...] differ in a bit, in words, or None. `first` is the number of sample 0.
+
+    Arrays of three dimensions are pooled vectors [B, T, dim], and the table is named, too.
+    """
+    if got.shape != wanted.shape:
+        return f"{what}: {got.shape[0]} samples came, wanted {wanted.shape[0]}"
+    differs = got.view(np.uint32) != wanted.view(np.uint32)
+    if not differs.any():
+        return None
+    place = tuple(int(index) for index in np.argwhere(differs)[0])
+    table = f", table {place[1]}, element {place[2]}" if got.ndim == 3 else ""
+    values = f"{got[place]!r}, wanted {wanted[place]!r}"
+    return f"{what} differ first at sample {first + place[0]} (position {place[0]} of its batch){table}: {values}"

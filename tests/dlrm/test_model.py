@@ -1,0 +1,133 @@
+"""Parameters, formulas, and the bits of the dense work."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from dlrm.data.uniform import Uniform
+from dlrm.dense import DenseSlice, blocks
+from dlrm.model import Dense
+from dlrm.placement import Placement
+from dlrm.shape import ModelShape, interaction_width
+from dlrm.tables import Tables
+from dlrm.verify import SingleProcess, first_difference
+
+ROWS = (50, 3, 1000, 7, 20)
+DIM = 8
+
+
+def shape(interaction: str = "dot", itself: bool = False) -> ModelShape:
+    width = interaction_width(len(ROWS), DIM, interaction, itself)
+    return ModelShape(ROWS, DIM, (4, 32, DIM), (width, 64, 32, 1), interaction, itself)  # type: ignore[arg-type]
+
+
+def test_names_and_shapes_are_those_of_the_reference() -> None:
+    whole = shape()
+    parameters = {
+        name: tuple(tensor.shape)
+        for module in (Tables(whole, range(5), 1), Dense(whole, 1))
+        for name, tensor in module.state_dict().items()
+    }
+    assert parameters == whole.parameters()
+    assert parameters["emb_l.2.weight"] == (1000, 8)
+    assert parameters["bot_l.2.weight"] == (8, 32)
+    assert parameters["top_l.0.weight"] == (64, 8 + 15)
+    assert parameters["top_l.4.bias"] == (1,)
+
+
+def test_a_table_is_the_same_whoever_owns_it() -> None:
+    whole = Tables(shape(), range(5), 1).state_dict()
+    for owned in Placement(5, 3).tables:
+        for name, weight in Tables(shape(), owned, 1).state_dict().items():
+            assert torch.equal(weight, whole[name])
+    bound = (1 / 1000) ** 0.5
+    assert 0.9 * bound < float(whole["emb_l.2.weight"].abs().max()) <= bound
+    assert not torch.equal(whole["emb_l.0.weight"], Tables(shape(), range(1), 2).state_dict()["emb_l.0.weight"])
+
+
+@pytest.mark.parametrize(("interaction", "itself"), [("dot", False), ("dot", True), ("cat", False)])
+def test_against_an_independent_float64_computation(interaction: str, itself: bool) -> None:
+    whole = shape(interaction, itself)
+    (batch,) = Uniform(4, ROWS, 3, 4, False).batches(16, 1)
+    tables, dense = Tables(whole, range(5), 1), Dense(whole, 1)
+    pooled, logits, probabilities = SingleProcess(tables, dense, Placement(5, 1), 0).evaluate(batch)
+    weights = {
+        name: tensor.numpy().astype(np.float64)
+        for module in (tables, dense)
+        for name, tensor in module.state_dict().items()
+    }
+
+    for sample in range(16):
+        vector = batch.dense[sample].numpy().astype(np.float64)
+        for layer in (0, 2):
+            vector = np.maximum(weights[f"bot_l.{layer}.weight"] @ vector + weights[f"bot_l.{layer}.bias"], 0)
+        vectors = [vector]
+        for table in range(5):
+            lo, hi = batch.offsets[table][sample : sample + 2].tolist()
+            vectors.append(weights[f"emb_l.{table}.weight"][batch.indices[table][lo:hi].numpy()].sum(0))
+        np.testing.assert_allclose(pooled[sample].numpy(), np.stack(vectors[1:]), rtol=1e-5, atol=1e-6)
+        if interaction == "cat":
+            value = np.concatenate(vectors)
+        else:
+            products = [vectors[i] @ vectors[j] for i in range(6) for j in range(6) if j < i or (itself and i == j)]
+            value = np.concatenate([vector, products])
+        for layer in (0, 2, 4):
+            value = weights[f"top_l.{layer}.weight"] @ value + weights[f"top_l.{layer}.bias"]
+            if layer < 4:
+                value = np.maximum(value, 0)
+        np.testing.assert_allclose(logits[sample].item(), value[0], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(probabilities[sample].item(), 1 / (1 + np.exp(-value[0])), rtol=1e-5)
+
+
+@pytest.mark.parametrize("size", [0, 1, 4, 7, 32])
+@pytest.mark.parametrize("samples", [range(0), range(1), range(3, 9), range(5, 40), range(32, 64)])
+def test_blocks_cover_a_slice_and_put_each_sample_in_its_row(samples: range, size: int) -> None:
+    seen = []
+    for block in blocks(samples, size):
+        for offset in range(block.hi - block.lo):
+            sample = samples.start + block.lo + offset
+            seen.append(sample)
+            if size:
+                assert block.row + offset == sample % size
+                assert block.size == size
+        assert block.rows.stop <= block.size
+    assert seen == list(samples)
+
+
+@pytest.mark.parametrize("block", [8, 15, 32])
+def test_with_blocks_the_bits_do_not_depend_on_the_slices(block: int) -> None:
+    torch.set_num_threads(1)
+    rows = (100,) * 26
+    width = interaction_width(26, 16, "dot", False)
+    whole = ModelShape(rows, 16, (13, 512, 256, 64, 16), (width, 512, 256, 1))
+    (batch,) = Uniform(13, rows, 3, 2, False).batches(101, 1)
+    tables, dense = Tables(whole, range(26), 1), Dense(whole, 1)
+    wanted = SingleProcess(tables, dense, Placement(26, 1), block).evaluate(batch)
+    for ranks in (2, 3, 4, 5, 7, 101, 120):
+        got = SingleProcess(tables, dense, Placement(26, ranks), block).evaluate(batch)
+        for ours, theirs in zip(got, wanted, strict=True):
+            assert torch.equal(ours.view(torch.int32), theirs.view(torch.int32)), ranks
+
+
+def test_pooled_vectors_come_from_parts_in_table_order() -> None:
+    whole = shape()
+    (batch,) = Uniform(4, ROWS, 3, 4, False).batches(10, 1)
+    wanted = Tables(whole, range(5), 1).lookup_all(batch)
+    parts = [Tables(whole, owned, 1).lookup_all(batch)[2:7] for owned in Placement(5, 7).tables]
+    assert [part.shape[1] for part in parts] == [1, 1, 1, 1, 1, 0, 0]
+    piece = DenseSlice(Dense(whole, 1), range(2, 7), 4)
+    piece.bottom(batch.dense)
+    piece.fill(parts)
+    assert torch.equal(piece.pooled(), wanted[2:7])
+
+
+def test_first_difference_names_sample_and_table() -> None:
+    wanted = np.zeros((4, 3, 2), np.float32)
+    assert first_difference("pooled", wanted.copy(), wanted, 40) is None
+    got = wanted.copy()
+    got[2, 1, 0] = -0.0  # one bit
+    text = first_difference("pooled", got, wanted, 40)
+    assert text is not None
+    assert "sample 42 (position 2 of its batch), table 1, element 0" in text
