@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
 
 class BlsrdmaError(RuntimeError):
@@ -40,12 +40,12 @@ class CountsError(BlsrdmaError, ValueError):
     """`counts` does not describe `send`."""
 
 
-class MessageTooLarge(BlsrdmaError, ValueError):
-    """A message is larger than the window it would be put into."""
-
-
 class WindowHeld(BlsrdmaError):
     """This rank posts iteration i while it still holds i - lag - 1: waiting would be waiting for itself."""
+
+
+class ConcurrentUse(BlsrdmaError):
+    """Another thread is in a call on this exchange: one thread at a time."""
 
 
 class ExchangeClosed(BlsrdmaError):
@@ -53,21 +53,30 @@ class ExchangeClosed(BlsrdmaError):
 
 
 class PeerTimeout(BlsrdmaError, TimeoutError):
-    """Some peers' messages of an iteration did not arrive before the deadline. Nothing is lost: the wait may be
-    repeated.
+    """An iteration was not complete at the deadline. Nothing is lost: the wait may be repeated.
 
-    Attributes: `iteration`; `missing`, the ranks; `counters`, per missing rank the number of its messages that are
-    here.
+    Attributes: `iteration`; `missing`, the ranks whose messages are not here; and per missing rank: `counters`, how many
+    of its messages are here; `states` (alive, stopped, dead, or how long it has been silent); `outstanding`, the bytes for
+    it that have not left.
     """
 
-    def __init__(self, message: str, iteration: int, missing: Sequence[int], counters: Mapping[int, int]) -> None:
+    def __init__(
+        self,
+        message: str,
+        iteration: int,
+        counters: Mapping[int, int],
+        states: Mapping[int, str] | None = None,
+        outstanding: Mapping[int, int] | None = None,
+    ) -> None:
         super().__init__(message)
         self.iteration = iteration
-        self.missing = tuple(missing)
+        self.missing = tuple(counters)
         self.counters = dict(counters)
+        self.states = dict(states or {})
+        self.outstanding = dict(outstanding or {})
 
     def __reduce__(self) -> tuple[object, ...]:
-        return type(self), (str(self), self.iteration, self.missing, self.counters)
+        return type(self), (str(self), self.iteration, self.counters, self.states, self.outstanding)
 
 
 class PeerFailed(BlsrdmaError):

@@ -33,7 +33,7 @@ from blsrdma.errors import (
     SettingsError,
 )
 from blsrdma.fabric import Fabric
-from blsrdma.handle import Handle
+from blsrdma.handle import Handle, refuse_over
 from blsrdma.outcomes import typed_error
 from blsrdma.rendezvous import Rendezvous, Round, environment_ranks, store_from_environment
 from blsrdma.settings import Settings, default_memory_limit, format_size, timeout_ns
@@ -63,8 +63,8 @@ class Exchange:
         store: a torch.distributed Store that all ranks share; None: the one that torchrun's environment names.
         rank, world_size: None: RANK and WORLD_SIZE from the environment.
         name: exchanges that use one store at the same time need different names.
-        lag, window_bytes, timeout, close_timeout, direct, copy_self, memory_limit: see blsrdma.settings; None means not
-            given: the environment's BLSRDMA_* or the default.
+        lag, window_bytes, timeout, close_timeout, keepalive, direct, copy_self, checksum, memory_limit: see
+            blsrdma.settings; None means not given: the environment's BLSRDMA_* or the default.
 
     Raises, on every rank well before the deadline if one of them is at fault: SettingsError for bad values,
     MemoryLimitExceeded before anything is allocated, SettingsMismatch when ranks disagree, RendezvousError when ranks
@@ -82,23 +82,25 @@ class Exchange:
         window_bytes: int | None = None,
         timeout: float | None = None,
         close_timeout: float | None = None,
+        keepalive: float | None = None,
         direct: bool | None = None,
         copy_self: bool | None = None,
+        checksum: bool | None = None,
         memory_limit: int | None = None,
         _windows: int | None = None,
         _guard_bytes: int = 0,
     ) -> None:
         # _windows breaks the reuse rule and _guard_bytes puts untouched bytes around windows: for the tests of both.
         self._closed = True  # until it is open
-        self._failure: PeerFailed | None = None
+        self._failure: BlsrdmaError | None = None
         if rank is None or world_size is None:
             rank, world_size = environment_ranks()
         self.rank, self.world_size, self.name = rank, world_size, name
         refusal: SettingsError | None = None
         try:
             self.settings = Settings.resolve(
-                lag=lag, window_bytes=window_bytes, timeout=timeout, close_timeout=close_timeout,
-                direct=direct, copy_self=copy_self, memory_limit=memory_limit,
+                lag=lag, window_bytes=window_bytes, timeout=timeout, close_timeout=close_timeout, keepalive=keepalive,
+                direct=direct, copy_self=copy_self, checksum=checksum, memory_limit=memory_limit,
             )  # fmt: skip
         except SettingsError as error:
             refusal, self.settings = error, Settings()
@@ -124,6 +126,7 @@ class Exchange:
         token = secrets.token_bytes(LINE_BYTES)
         self._bytes[:LINE_BYTES] = np.frombuffer(token, np.uint8)
         self._in_flight: dict[int, Handle] = {}  # posted, and not yet both released and sent
+        self._large_bytes = 0  # of large messages received and held
         met = rendezvous.meet(self._agreed(), self._blob(token))
         self._core = self._connect(rendezvous, met)
         self._closed = False
@@ -143,7 +146,7 @@ class Exchange:
 
     @property
     def window_bytes(self) -> int:
-        """The largest message to another rank, in bytes."""
+        """Messages to other ranks up to this size, in bytes, go into windows; larger ones are pulled."""
         return self.settings.window_bytes
 
     @property
@@ -185,10 +188,12 @@ class Exchange:
             timeout: seconds, for the lag bound (begin() has already waited for it in the usual loop).
 
         Returns at once unless the lag bound is reached. Nothing has been sent when it raises: SendBufferError,
-        CountsError, MessageTooLarge, WindowHeld (iteration i - lag - 1 has not been released), PeerTimeout, PeerFailed.
+        CountsError, WindowHeld (iteration i - lag - 1 has not been released), PeerTimeout, PeerFailed. A message larger
+        than window_bytes stays in `send` until its receiver has pulled it.
         """
         self._usable()
-        self._forget_sent()
+        if len(self._in_flight) > self.lag:
+            self._forget_sent()
         buffer = describe(send)
         split = equal_counts(buffer.items, self.world_size) if counts is None else as_counts(counts, self.world_size)
         iteration = self._core.next
@@ -204,24 +209,30 @@ class Exchange:
     def stats(self) -> dict[str, Any]:
         """What happened so far.
 
-        max_lead: the most iterations this rank was ahead of the slowest when it began one; iterations posted;
-        memory_bytes; and `peers`, one entry per rank: path (direct, put, self), transport (UCX's, for puts), messages
-        and bytes sent to it, wait_ns spent in waits until its message came.
+        `iterations` posted; `memory_bytes` of windows; `leads`, where leads[n] is how often this rank was n iterations
+        ahead of the slowest when it began one, and `max_lead`, the largest n; `peers`, one entry per rank:
+
+        - path (direct: stores into mapped memory; put: UCX; self) and transport (UCX's choice, for puts);
+        - messages and bytes sent to it;
+        - waits in which it was behind, wait_ns spent in them until its message came, wait_max_ns the longest, and last,
+          how often it was the last to come.
         """
         self._usable()
         peers = []
         for q in range(self.world_size):
-            messages, sent_bytes, wait_ns = self._core.stats(q)
+            messages, sent_bytes, waits, wait_ns, wait_max_ns, last = self._core.stats(q)
             path = "self" if q == self.rank else "direct" if self._core.direct(q) else "put"
             transport = {"self": "", "direct": "mapped", "put": ""}[path] or self._core.transport(q)
             peers.append(
                 {"rank": q, "path": path, "transport": transport, "messages": messages, "bytes": sent_bytes,
-                 "wait_ns": wait_ns}
+                 "waits": waits, "wait_ns": wait_ns, "wait_max_ns": wait_max_ns, "last": last}
             )  # fmt: skip
+        leads = self._core.leads
         return {
-            "max_lead": self._core.max_lead,
             "iterations": self._core.next,
             "memory_bytes": self.memory_bytes,
+            "max_lead": len(leads) - 1,
+            "leads": leads,
             "peers": peers,
         }
 
@@ -240,6 +251,8 @@ class Exchange:
             code, blamed, text = _BEREAVED, error.rank, str(error)
         elif error is not None:
             code, text = _ERRED, f"{type(error).__name__}: {error}"
+        if os.getpid() != self._fabric.pid:
+            return  # a fork's child: nothing here is its own
         limit = native.FAREWELL_TEXT_BYTES
         short = text.encode()[:limit].decode(errors="ignore")
         if not self._core.close(code, blamed, short, timeout_ns(self.settings.close_timeout)):
@@ -266,6 +279,7 @@ class Exchange:
         limit = self.settings.memory_limit
         if limit is None:
             limit = default_memory_limit(int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size)))
+        self._memory_limit = limit
         need = self.geometry.arena_bytes
         if need > limit:
             raise MemoryLimitExceeded(
@@ -278,6 +292,7 @@ class Exchange:
             "lag": self.settings.lag,
             "window_bytes": self.settings.window_bytes,
             "copy_self": self.settings.copy_self,
+            "checksum": self.settings.checksum,
             "windows": self.geometry.windows,
             "guard_bytes": self.geometry.guard_bytes,
         }
@@ -296,11 +311,13 @@ class Exchange:
 
     def _connect(self, rendezvous: Rendezvous, met: Round) -> native.Exchange:
         here = [blob["host"] == met.blobs[self.rank]["host"] for blob in met.blobs]
+        self._processes = [(blob["pid"], blob["began"]) if here[q] else None for q, blob in enumerate(met.blobs)]
         # Two ranks that spin on one core make each other wait for a whole time slice.
         spins = 2000 if sum(here) <= hosts.cores() else 0
         core = native.Exchange(
             self._fabric.native, self._arena, self._native_geometry(), self.rank, self.settings.lag, met.epoch,
-            self.settings.copy_self, self.settings.direct, spins, 1000,
+            self.settings.copy_self, self.settings.direct, self.settings.checksum,
+            timeout_ns(self.settings.keepalive), spins, 1000,
         )  # fmt: skip
         error: BaseException | None = None
         try:
@@ -328,9 +345,18 @@ class Exchange:
         return geometry
 
     def _forget_sent(self) -> None:
-        # A released iteration's `send` is kept until its puts have left it, whatever its owner does with the handle.
-        for iteration in [i for i, handle in self._in_flight.items() if handle.released and self._core.sent(i)]:
-            del self._in_flight[iteration]
+        # A released iteration's buffers are kept until nothing reads or writes them, whatever becomes of the handle.
+        for handle in [each for each in self._in_flight.values() if each.released]:
+            self._forget(handle)
+
+    def _forget(self, handle: Handle) -> None:
+        if self._core.sent(handle.iteration):
+            del self._in_flight[handle.iteration]
+            handle._drop_large()
+
+    def _count_large(self, more: int) -> None:
+        refuse_over(self._memory_limit, self.memory_bytes, self._large_bytes, more)
+        self._large_bytes += more
 
     def _usable(self) -> None:
         if self._failure is not None:
@@ -341,16 +367,35 @@ class Exchange:
     def _ns(self, timeout: float | None) -> int:
         return self._timeout_ns if timeout is None else timeout_ns(timeout)
 
+    def _state(self, peer: int) -> str:
+        """Whether a peer lives, in words."""
+        process = self._processes[peer]
+        if process is not None:
+            return hosts.process_state(*process)
+        silence = self._core.silence_ns(peer) / 1e9
+        return "alive" if silence < 3 else f"silent for {silence:.0f} s: stopped or unreachable"
+
     def _error(self, outcome: int) -> BlsrdmaError:
         """The typed error for what the core refused or met. A failure is remembered: every later call meets it too."""
-        error = typed_error(outcome, self._core, self.name, self.rank, self.world_size)
+        error = typed_error(outcome, self._core, self.name, self.rank, self.world_size, self._state)
         if isinstance(error, PeerFailed):
             self._failure = error
         return error
 
 
+def _forked() -> None:
+    """In the child of a fork: what the parent's progress thread and peers work on cannot be used here."""
+    for exchange in list(_open):
+        exchange._failure = BlsrdmaError(
+            f"exchange {exchange.name!r} was made before this process was forked; only the parent can use it"
+        )
+
+
+os.register_at_fork(after_in_child=_forked)
+
+
 @atexit.register
 def _close_what_is_open() -> None:
-    for exchange in list(_open):
+    for exchange in [each for each in _open if each._fabric.pid == os.getpid()]:
         log.warning("exchange %r was not closed before the interpreter ended", exchange.name)
         exchange.close(BlsrdmaError("the interpreter ended without close()"))

@@ -22,6 +22,18 @@ def started(pid: int) -> int:
     return int(stat.rpartition(")")[2].split()[19])
 
 
+def process_state(pid: int, began: int) -> str:
+    """'alive', 'stopped' (by a signal or a debugger) or 'dead': the process `pid` that began at `began`."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return "dead"
+    fields = stat.rpartition(")")[2].split()
+    if int(fields[19]) != began or fields[0] in "ZX":
+        return "dead"
+    return "stopped" if fields[0] in "Tt" else "alive"
+
+
 def open_pidfd(pid: int, began: int) -> int:
     """A pidfd of the process `pid` that began at `began`. Raises ProcessLookupError if it is gone."""
     fd = os.pidfd_open(pid)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from blsrdma.buffers import tag_name
 from blsrdma.errors import (
     BlsrdmaError,
+    ConcurrentUse,
     CountsError,
     DtypeMismatch,
-    MessageTooLarge,
     PeerFailed,
     PeerLeft,
     PeerTimeout,
@@ -16,22 +18,35 @@ from blsrdma.errors import (
 )
 from blsrdma.ucx import native
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 _Outcome = native.Outcome
+LARGE = int(_Outcome.LARGE)
 
 
-def typed_error(outcome: int, core: native.Exchange, name: str, self_rank: int, world_size: int) -> BlsrdmaError:
-    """The error for an outcome other than OK that `core`, rank `self_rank`'s part of exchange `name`, has just
-    returned."""
+def typed_error(
+    outcome: int, core: native.Exchange, name: str, self_rank: int, world_size: int, state: Callable[[int], str]
+) -> BlsrdmaError:
+    """The error for an outcome other than OK that `core`, rank `self_rank`'s part of exchange `name`, just returned.
+
+    `state(q)` says whether rank q lives, in words.
+    """
     kind = _Outcome(outcome)
     rank, iteration, a, b, text = core.details()
+    where = f"exchange {name!r}, iteration {iteration}"
     if kind == _Outcome.TIMEOUT:
         counters = {q: core.counter(q) for q in range(world_size) if q != self_rank}
-        missing = [q for q, n in counters.items() if n <= iteration]
-        behind = ", ".join(f"rank {q} (has sent {counters[q]})" for q in missing) or f"rank {rank}: {text}"
-        return PeerTimeout(
-            f"exchange {name!r}, rank {self_rank}: iteration {iteration} is not complete; missing: {behind}",
-            iteration, missing, {q: counters[q] for q in missing},
-        )  # fmt: skip
+        if not text:
+            counters = {q: n for q, n in counters.items() if n <= iteration}
+        states = {q: state(q) for q in counters}
+        outstanding = {q: core.bytes_outstanding(q) for q in counters}
+        each = "; ".join(
+            f"rank {q} ({states[q]}; {n} of its messages are here, {outstanding[q]} bytes for it have not left)"
+            for q, n in counters.items()
+        )
+        complete = text or f"not complete at the deadline on rank {self_rank}; missing"
+        return PeerTimeout(f"{where}: {complete}: {each}", iteration, counters, states, outstanding)
     if kind == _Outcome.WINDOW_HELD:
         return WindowHeld(
             f"iteration {core.next} cannot be posted while this rank still holds iteration {iteration}: "
@@ -41,21 +56,16 @@ def typed_error(outcome: int, core: native.Exchange, name: str, self_rank: int, 
         return CountsError(f"counts[{rank}] = {a - (1 << 64)}: must be >= 0")
     if kind == _Outcome.COUNT_SUM:
         return CountsError(f"counts add up to {a} items, send has {b}")
-    if kind == _Outcome.TOO_LARGE:
-        return MessageTooLarge(
-            f"the message to rank {rank} in iteration {iteration} has {a} bytes, the window {b}: "
-            f"construct the Exchange with window_bytes >= {a}"
-        )
-    where = f"exchange {name!r}, iteration {iteration}: rank {rank}"
+    if kind == _Outcome.CONCURRENT:
+        return ConcurrentUse(f"exchange {name!r}: another thread is in a call on it; one thread at a time")
+    where += f": rank {rank}"
     if kind == _Outcome.TAG_MISMATCH:
         reason = f"posted elements of type {tag_name(a)}, this rank of type {tag_name(b)}"
-        failure: PeerFailed = DtypeMismatch(f"{where} {reason}", rank, iteration, reason)
-    elif kind == _Outcome.CORRUPT:
-        failure = WindowCorrupt(f"{where}: {text}", rank, iteration, text)
-    elif kind == _Outcome.PEER_LEFT:
-        failure = PeerLeft(f"{where} left before it posted it: {text}", rank, iteration, text)
-    elif kind == _Outcome.PEER_ERRED:
-        failure = PeerFailed(f"{where} failed: {text}", rank, iteration, text)
-    else:
-        failure = PeerFailed(f"{where} died: {text}", rank, iteration, text)
-    return failure
+        return DtypeMismatch(f"{where} {reason}", rank, iteration, reason)
+    if kind == _Outcome.CORRUPT:
+        return WindowCorrupt(f"{where}: {text}", rank, iteration, text)
+    if kind == _Outcome.PEER_LEFT:
+        return PeerLeft(f"{where} left before it posted it: {text}", rank, iteration, text)
+    if kind == _Outcome.PEER_ERRED:
+        return PeerFailed(f"{where} failed: {text}", rank, iteration, text)
+    return PeerFailed(f"{where} died: {text}", rank, iteration, text)

@@ -3,12 +3,15 @@
 | keyword       | environment           | default | meaning |
 |---------------|-----------------------|---------|---------|
 | lag           | BLSRDMA_LAG           | 0       | iterations a rank may run ahead of the slowest; 0: synchronous |
-| window_bytes  | BLSRDMA_WINDOW_BYTES  | 1M      | largest message from one rank to another in one iteration |
+| window_bytes  | BLSRDMA_WINDOW_BYTES  | 1M      | messages up to this size go into windows; larger ones are pulled |
 | timeout       | BLSRDMA_TIMEOUT       | 60      | seconds before a wait ends in PeerTimeout; inf: never |
 | close_timeout | BLSRDMA_CLOSE_TIMEOUT | 5       | seconds close() waits for the peers to have closed too |
+| keepalive     | BLSRDMA_KEEPALIVE     | 20      | seconds without a sign of life before a peer elsewhere is dead |
 | direct        | BLSRDMA_DIRECT        | 1       | store into the windows of peers on this host; 0: UCX puts |
 | copy_self     | BLSRDMA_COPY_SELF     | 0       | copy the message to oneself; 0: it is a view of `send` |
-| memory_limit  | BLSRDMA_MEMORY_LIMIT  | *       | bytes of windows per rank; *: half of the memory / ranks here |
+| checksum      | BLSRDMA_CHECKSUM      | 0       | verify the contents of every message |
+| memory_limit  | BLSRDMA_MEMORY_LIMIT  | *       | bytes per rank, of windows and of large messages received without |
+|               |                       |         | `out`; *: half of the machine's memory / ranks on it |
 
 Sizes may end in K, M, G (powers of 1024) with or without iB. Numbers of seconds may be `inf`.
 UCX's own settings are set by blsrdma.fabric; a variable UCX_* of the user's takes precedence over them.
@@ -92,8 +95,10 @@ _KINDS: dict[str, tuple[Callable[[str], Any], Callable[[Any], Any]]] = {
     "window_bytes": (parse_size, _at_least(0)),
     "timeout": (float, _seconds),
     "close_timeout": (float, _seconds),
+    "keepalive": (float, _seconds),
     "direct": (parse_flag, _flag),
     "copy_self": (parse_flag, _flag),
+    "checksum": (parse_flag, _flag),
     "memory_limit": (parse_size, _at_least(0)),
 }
 
@@ -106,8 +111,10 @@ class Settings:
     window_bytes: int = 1 << 20
     timeout: float = 60.0
     close_timeout: float = 5.0
+    keepalive: float = 20.0
     direct: bool = True
     copy_self: bool = False
+    checksum: bool = False
     memory_limit: int | None = None
 
     @staticmethod

@@ -95,7 +95,7 @@ def _memory(rank, world, store):
     handler.emit = lambda record: records.append(record.getMessage())
     logger.addHandler(handler)
     with Exchange(store, rank, world, lag=3, window_bytes=1000) as exchange:
-        expected = 64 + world * 512 + (world - 1) * 8 * (64 + 1024) + world * (1024 + 8 * 64)
+        expected = 2 * 64 + world * 512 + (world - 1) * 8 * (64 + 1024) + world * (1024 + 8 * (64 + 512))
         assert exchange.memory_bytes == expected == exchange.stats()["memory_bytes"] == exchange._arena.size
     said = f"lag 3, 8 windows of 1000 B from each of 2 sources: {format_size(expected)} registered"
     assert any(said in text for text in records), records

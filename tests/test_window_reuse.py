@@ -10,7 +10,7 @@ import pytest
 
 from blsrdma import Exchange
 from blsrdma.errors import WindowCorrupt
-from blsrdma.windows import HEADER_BYTES, windows_needed
+from blsrdma.windows import HEADER_BYTES, LEAST_PAYLOAD, windows_needed
 from tests.patterns import TRANSPORTS, message, messages
 from tests.ranks import run_ranks
 
@@ -74,7 +74,7 @@ def _random(rank, world, store, lag, iterations, seed, window):
         for source in range(world):
             for w in range(geometry.windows if source != rank else 0):
                 start = geometry.window(rank, source, w)
-                end = start + HEADER_BYTES + -(-window // 64) * 64
+                end = start + HEADER_BYTES + max(LEAST_PAYLOAD, -(-window // 64) * 64)
                 places += [slice(start - guard, start), slice(end, end + guard)]
         for place in places:
             memory[place] = canary

@@ -22,7 +22,7 @@ geometries = st.builds(
 
 def regions(geometry: WindowGeometry, rank: int) -> list[tuple[int, int]]:
     """(start, end) of all that somebody writes in `rank`'s arena."""
-    found = [(0, windows.LINE_BYTES)]
+    found = [(0, windows.LINE_BYTES), (windows.LINE_BYTES, 2 * windows.LINE_BYTES)]
     for source in range(geometry.ranks):
         control = geometry.control_offset + source * windows.CONTROL_BYTES
         found.append((control, control + windows.CONTROL_BYTES))
@@ -30,8 +30,10 @@ def regions(geometry: WindowGeometry, rank: int) -> list[tuple[int, int]]:
             continue
         for iteration in range(geometry.windows):
             start = geometry.window(rank, source, iteration)
-            found.append((start, start + windows.HEADER_BYTES + geometry.window_bytes))
-    staging = geometry.ranks * (windows.STAGING_BYTES + geometry.windows * windows.HEADER_BYTES)
+            found.append((start, start + windows.HEADER_BYTES + max(windows.LEAST_PAYLOAD, geometry.window_bytes)))
+    staging = geometry.ranks * (
+        windows.STAGING_BYTES + geometry.windows * (windows.HEADER_BYTES + windows.LEAST_PAYLOAD)
+    )
     found.append((geometry.staging_offset, geometry.staging_offset + staging))
     return found
 
@@ -51,7 +53,7 @@ def test_guards_lie_around_every_window(geometry: WindowGeometry) -> None:
     for source in range(1, geometry.ranks):
         for iteration in range(geometry.windows):
             start = geometry.window(0, source, iteration)
-            end = start + windows.HEADER_BYTES + geometry.window_bytes
+            end = start + windows.HEADER_BYTES + max(windows.LEAST_PAYLOAD, geometry.window_bytes)
             before = [other_end for other_start, other_end in written if other_end <= start]
             after = [other_start for other_start, _ in written if other_start >= end]
             assert start - max(before) >= geometry.guard_bytes
@@ -73,7 +75,7 @@ def test_the_core_computes_the_same_offsets(geometry: WindowGeometry, iteration:
 
 
 def test_constants_of_the_core() -> None:
-    for name in ("LINE_BYTES", "CONTROL_BYTES", "HEADER_BYTES", "STAGING_BYTES"):
+    for name in ("LINE_BYTES", "CONTROL_BYTES", "HEADER_BYTES", "STAGING_BYTES", "LEAST_PAYLOAD"):
         assert getattr(native, name) == getattr(windows, name)
 
 

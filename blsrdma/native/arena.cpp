@@ -30,10 +30,28 @@ Arena::Arena(ucp_context_h context, std::shared_ptr<void> owner, std::size_t byt
 
 Arena::~Arena() { ucp_mem_unmap(context_, handle_); }
 
-std::string Arena::packed_rkey() const {
+std::string Arena::packed_rkey() const { return packed(handle_); }
+
+ucp_mem_h Arena::register_buffer(const std::byte* data, std::size_t bytes, std::string& rkey) const {
+  ucp_mem_map_params_t params{};
+  params.field_mask = UCP_MEM_MAP_PARAM_FIELD_ADDRESS | UCP_MEM_MAP_PARAM_FIELD_LENGTH |
+                      UCP_MEM_MAP_PARAM_FIELD_MEMORY_TYPE;
+  params.address = const_cast<std::byte*>(data);
+  params.length = bytes;
+  params.memory_type = UCS_MEMORY_TYPE_HOST;
+  ucp_mem_h registered = nullptr;
+  const ucs_status_t status = ucp_mem_map(context_, &params, &registered);
+  if (status != UCS_OK) throw UcxError("cannot register a buffer of " + std::to_string(bytes) + " bytes", status);
+  rkey = packed(registered);
+  return registered;
+}
+
+void Arena::unregister_buffer(ucp_mem_h registered) const { ucp_mem_unmap(context_, registered); }
+
+std::string Arena::packed(ucp_mem_h handle) const {
   void* buffer = nullptr;
   std::size_t size = 0;
-  check(ucp_rkey_pack(context_, handle_, &buffer, &size), "ucp_rkey_pack");
+  check(ucp_rkey_pack(context_, handle, &buffer, &size), "ucp_rkey_pack");
   std::string packed(static_cast<const char*>(buffer), size);
   ucp_rkey_buffer_release(buffer);
   return packed;

@@ -23,7 +23,13 @@ class Arena {
   ucp_mem_h handle() const { return handle_; }
   std::string packed_rkey() const;
 
+  // Let peers read memory that is not the arena's: its registration, and the key to it in `rkey`.
+  ucp_mem_h register_buffer(const std::byte* data, std::size_t bytes, std::string& rkey) const;
+  void unregister_buffer(ucp_mem_h registered) const;
+
  private:
+  std::string packed(ucp_mem_h handle) const;
+
   std::shared_ptr<void> owner_;
   ucp_context_h context_;
   std::size_t bytes_;

@@ -6,7 +6,7 @@
 namespace blsrdma {
 
 Channel::Channel(Fabric& fabric, Arena& local, const Geometry& geometry, std::uint32_t self, const PeerAddress& peer,
-                 std::uint64_t epoch, bool allow_direct)
+                 std::uint64_t epoch, bool allow_direct, Broken broken)
     : fabric_(fabric),
       local_(local),
       geometry_(geometry),
@@ -14,6 +14,7 @@ Channel::Channel(Fabric& fabric, Arena& local, const Geometry& geometry, std::ui
       peer_(peer.rank),
       epoch_(epoch),
       remote_(peer.arena),
+      on_broken_(std::move(broken)),
       queue_(geometry.windows) {
   ucp_ep_params_t params{};
   params.field_mask = UCP_EP_PARAM_FIELD_REMOTE_ADDRESS | UCP_EP_PARAM_FIELD_ERR_HANDLING_MODE |
@@ -55,19 +56,40 @@ std::string Channel::transport() const {
   return joined;
 }
 
-void Channel::post(std::uint64_t iteration, const std::byte* data, std::uint64_t length, std::uint64_t tag) {
-  const Header header = Header::of(iteration, length, tag, epoch_);
+void Channel::post(const Header& header, const std::byte* payload, std::uint64_t bytes) {
+  const std::uint64_t iteration = header.iteration;
   if (mapped_) {
     std::byte* window = mapped_ + geometry_.window(peer_, self_, iteration);
     std::memcpy(window, &header, sizeof header);
-    if (length) std::memcpy(window + kHeaderBytes, data, length);
-    publish(reinterpret_cast<Counter*>(mapped_ + geometry_.control(self_)), Counter::of(iteration + 1, epoch_));
+    if (bytes) std::memcpy(window + kHeaderBytes, payload, bytes);
+    publish(mapped_counter(kCounterOffset), Counter::of(iteration + 1, epoch_));
     done_.store(iteration + 1, std::memory_order_relaxed);
     return;
   }
-  std::memcpy(staged(geometry_.staged_header(peer_, iteration)), &header, sizeof header);
-  queue_[iteration % geometry_.windows] = {data, length};
+  std::byte* staging = staged(geometry_.staged_header(peer_, iteration));
+  std::memcpy(staging, &header, sizeof header);
+  if (header.kind == Header::kLarge) {
+    std::memcpy(staging + kHeaderBytes, payload, bytes);
+    payload = staging + kHeaderBytes;
+  }
+  queue_[iteration % geometry_.windows] = {payload, bytes};
   queued_.store(iteration + 1, std::memory_order_release);
+}
+
+std::uint64_t Channel::bytes_outstanding() const {
+  std::uint64_t bytes = 0;
+  const std::uint64_t queued = queued_.load(std::memory_order_acquire);
+  for (std::uint64_t i = sent(); i < queued; ++i) bytes += queue_[i % geometry_.windows].bytes;
+  return bytes;
+}
+
+void Channel::acknowledge(std::uint64_t n) {
+  if (mapped_) {
+    publish(mapped_counter(kPulledOffset), Counter::of(n, epoch_));
+  } else {
+    acknowledged_.store(n, std::memory_order_release);
+    fabric_.kick();
+  }
 }
 
 void Channel::farewell(Farewell record) {
@@ -77,19 +99,22 @@ void Channel::farewell(Farewell record) {
     parted_.store(true);
     return;
   }
-  std::memcpy(staged(geometry_.staging(peer_) + kLine), &record, sizeof record);
+  std::memcpy(staged(geometry_.staging(peer_) + kStagedFarewell), &record, sizeof record);
   parting_.store(true, std::memory_order_release);
 }
 
 bool Channel::waiting() const {
-  if (mapped_ || broken() != UCS_OK) return false;
-  return queued_.load(std::memory_order_acquire) != done_.load(std::memory_order_relaxed) ||
+  if (broken() != UCS_OK) return false;
+  if (pulling_) return true;
+  if (mapped_) return false;
+  return outstanding_ || queued_.load(std::memory_order_acquire) != done_.load(std::memory_order_relaxed) ||
+         acknowledged_.load(std::memory_order_acquire) != acknowledged_there_.load(std::memory_order_relaxed) ||
          parting_.load(std::memory_order_acquire) != parted_.load();
 }
 
 void Channel::fail(ucs_status_t status) {
   ucs_status_t fine = UCS_OK;
-  broken_.compare_exchange_strong(fine, status, std::memory_order_acq_rel);
+  if (broken_.compare_exchange_strong(fine, status, std::memory_order_acq_rel)) on_broken_(peer_, status);
 }
 
 void Channel::failed(void* channel, ucp_ep_h, ucs_status_t status) { static_cast<Channel*>(channel)->fail(status); }
@@ -129,22 +154,39 @@ void Channel::flush() {
   started(ucp_ep_flush_nbx(endpoint_, &param));
 }
 
+void Channel::put_counter(std::uint64_t value, std::uint64_t staged_offset, std::uint64_t control_offset) {
+  const Counter counter = Counter::of(value, epoch_);
+  std::byte* source = staged(geometry_.staging(peer_) + staged_offset);
+  std::memcpy(source, &counter, sizeof counter);
+  put(source, sizeof counter, geometry_.control(self_) + control_offset, local_.handle());
+}
+
 void Channel::warm_up() {
   if (mapped_) return;
-  put(staged(geometry_.staging(peer_)), sizeof(Counter), geometry_.control(self_) + kWarmupOffset, local_.handle());
+  put_counter(++beats_, kStagedHeartbeat, kHeartbeatOffset);
   flush();
 }
+
+void Channel::tick(std::uint64_t) { beat_due_ = beating_; }
 
 bool Channel::advance() {
   if (mapped_ || outstanding_ || broken() != UCS_OK) return false;
   switch (state_) {
     case State::idle: {
+      // Before the messages: a counter of this rank lets the peer reuse what its large messages occupied.
+      const std::uint64_t acknowledged = acknowledged_.load(std::memory_order_acquire);
+      if (acknowledged != acknowledged_there_.load(std::memory_order_relaxed)) {
+        put_counter(acknowledged, kStagedPulled, kPulledOffset);
+        acknowledged_there_.store(acknowledged, std::memory_order_relaxed);
+        state_ = State::minor;
+        return true;
+      }
       const std::uint64_t queued = queued_.load(std::memory_order_acquire);
       if (taken_ < queued) {
         for (; taken_ < queued; ++taken_) {
           const Message& message = queue_[taken_ % geometry_.windows];
           const std::uint64_t window = geometry_.window(peer_, self_, taken_);
-          if (message.length) put(message.data, message.length, window + kHeaderBytes, nullptr);
+          if (message.bytes) put(message.payload, message.bytes, window + kHeaderBytes, nullptr);
           put(staged(geometry_.staged_header(peer_, taken_)), kHeaderBytes, window, local_.handle());
         }
         flush();  // covers every put above; its success alone proves nothing, see completed()
@@ -152,22 +194,24 @@ bool Channel::advance() {
         return true;
       }
       if (parting_.load(std::memory_order_acquire) && !parted_.load()) {
-        put(staged(geometry_.staging(peer_) + kLine), sizeof(Farewell), geometry_.control(self_) + kFarewellOffset,
-            local_.handle());
+        put(staged(geometry_.staging(peer_) + kStagedFarewell), sizeof(Farewell),
+            geometry_.control(self_) + kFarewellOffset, local_.handle());
         flush();
         state_ = State::parting;
         return true;
       }
+      if (beat_due_) {
+        beat_due_ = false;
+        put_counter(++beats_, kStagedHeartbeat, kHeartbeatOffset);
+        state_ = State::minor;
+        return true;
+      }
       return false;
     }
-    case State::moving: {
-      const Counter counter = Counter::of(taken_, epoch_);
-      std::memcpy(staged(geometry_.staging(peer_)), &counter, sizeof counter);
-      put(staged(geometry_.staging(peer_)), sizeof counter, geometry_.control(self_) + kCounterOffset,
-          local_.handle());
+    case State::moving:
+      put_counter(taken_, 0, kCounterOffset);
       state_ = State::counting;
       return true;
-    }
     case State::counting:
       done_.store(taken_, std::memory_order_release);
       state_ = State::idle;
@@ -176,8 +220,43 @@ bool Channel::advance() {
       parted_.store(true);
       state_ = State::idle;
       return true;
+    case State::minor:
+      state_ = State::idle;
+      return true;
   }
   return false;
+}
+
+void Channel::pull(std::byte* to, std::uint64_t bytes, std::uint64_t from, const std::string& rkey,
+                   std::atomic<std::uint32_t>* left) {
+  if (broken() != UCS_OK) return;
+  auto* pull = new Pull{this, nullptr, left};
+  const ucs_status_t unpacked = ucp_ep_rkey_unpack(endpoint_, rkey.data(), &pull->rkey);
+  ++pulling_;
+  if (unpacked != UCS_OK) return finish(pull, unpacked);
+  ucp_request_param_t param{};
+  param.op_attr_mask = UCP_OP_ATTR_FIELD_CALLBACK | UCP_OP_ATTR_FIELD_USER_DATA;
+  param.cb.send = pulled;
+  param.user_data = pull;
+  const ucs_status_ptr_t request = ucp_get_nbx(endpoint_, to, bytes, from, pull->rkey, &param);
+  if (!UCS_PTR_IS_PTR(request)) finish(pull, UCS_PTR_STATUS(request));
+}
+
+void Channel::pulled(void* request, ucs_status_t status, void* pull) {
+  auto* it = static_cast<Pull*>(pull);
+  it->channel->finish(it, status);
+  ucp_request_free(request);
+}
+
+void Channel::finish(Pull* pull, ucs_status_t status) {
+  --pulling_;
+  if (pull->rkey) ucp_rkey_destroy(pull->rkey);
+  if (status == UCS_OK) {
+    pull->left->fetch_sub(1, std::memory_order_acq_rel);
+  } else {
+    fail(status);
+  }
+  delete pull;
 }
 
 void Channel::disconnect() {
@@ -196,7 +275,7 @@ bool Channel::disconnected() {
     ucp_request_free(closing_);
   }
   closing_ = nullptr;
-  if (outstanding_) return false;  // cancelled puts still refer to the rkey until they complete
+  if (outstanding_ || pulling_) return false;  // cancelled puts still refer to the rkey until they complete
   if (rkey_) ucp_rkey_destroy(rkey_);
   rkey_ = nullptr;
   return true;

@@ -1,8 +1,5 @@
 #include "exchange.h"
 
-#include <poll.h>
-#include <unistd.h>
-
 #include <algorithm>
 #include <cstring>
 
@@ -12,43 +9,59 @@ Exchange::Exchange(std::shared_ptr<Fabric> fabric, std::shared_ptr<Arena> arena,
     : fabric_(std::move(fabric)),
       arena_(std::move(arena)),
       config_(config),
+      inbox_(*arena_, config.geometry, config.rank, config.epoch),
+      doorbell_(std::make_unique<Doorbell>(Sleeper(arena_->data()))),
       channels_(config.geometry.ranks),
-      pidfds_(config.geometry.ranks, -1),
-      // As many records as windows: those of the lag + 1 iterations in flight, and released ones behind them.
-      records_(config.geometry.windows),
-      seen_(config.geometry.ranks, 0),
       stats_(config.geometry.ranks),
-      starts_(config.geometry.ranks) {
+      suspicions_(config.geometry.ranks),
+      starts_(config.geometry.ranks),
+      to_acknowledge_(config.geometry.ranks, 0) {
   if (config.geometry.arena_bytes > arena_->bytes()) throw std::invalid_argument("the arena is smaller than its geometry");
-  for (auto& each : records_) each.lengths.resize(config.geometry.ranks);
+  // As many records as windows: those of the lag + 1 iterations in flight, and released ones behind them.
+  for (std::uint32_t i = 0; i < config.geometry.windows; ++i) {
+    records_.push_back(std::make_unique<Record>());
+    records_.back()->lengths.resize(config.geometry.ranks);
+    records_.back()->checksums.resize(config.geometry.ranks);
+    records_.back()->placed.resize(config.geometry.ranks);
+  }
 }
 
 Exchange::~Exchange() {
-  for (int fd : pidfds_) {
-    if (fd >= 0) ::close(fd);
-  }
   if (channels_.empty()) return;
+  // Not closed. The progress thread may still be driving all this, and peers may still write: leak it.
   for (auto& each : channels_) each.release();
+  liveness_.release();
+  doorbell_.release();
   new std::pair(fabric_, arena_);
 }
 
 void Exchange::connect(const std::vector<PeerAddress>& peers, std::vector<int> pidfds, std::uint64_t deadline_ns) {
-  pidfds_ = std::move(pidfds);
+  liveness_ = std::make_unique<Liveness>(
+      inbox_, config_.rank, std::move(pidfds), config_.keepalive_ns,
+      [this](std::uint32_t peer, std::string why) { lost(peer, Outcome::peer_died, std::move(why)); });
+  const auto broken = [this](std::uint32_t peer, ucs_status_t status) {
+    lost(peer, Outcome::peer_died, std::string("its connection is lost: ") + ucs_status_string(status));
+  };
   fabric_->call([&] {
     for (const PeerAddress& peer : peers) {
       auto channel = std::make_unique<Channel>(*fabric_, *arena_, config_.geometry, config_.rank, peer, config_.epoch,
-                                               config_.allow_direct);
+                                               config_.allow_direct, broken);
       fabric_->attach(channel.get());
       channel->warm_up();
+      if (!liveness_->here(peer.rank)) channel->beat();
       channels_[peer.rank] = std::move(channel);
     }
+    liveness_->start(*fabric_);
+    fabric_->attach(doorbell_.get());
   });
   std::string missing;
   const auto settled = [&] {
     missing.clear();
     for (const auto& each : channels_) {
       if (!each) continue;
-      if (each->broken() != UCS_OK) throw UcxError("cannot connect to rank " + std::to_string(each->peer()), each->broken());
+      if (each->broken() != UCS_OK) {
+        throw UcxError("cannot connect to rank " + std::to_string(each->peer()), each->broken());
+      }
       if (!each->warm()) missing += (missing.empty() ? "" : ", ") + std::to_string(each->peer());
     }
     return missing.empty();
@@ -58,308 +71,274 @@ void Exchange::connect(const std::vector<PeerAddress>& peers, std::vector<int> p
   }
 }
 
-Counter* Exchange::counter_line(std::uint32_t source) const {
-  return reinterpret_cast<Counter*>(arena_->data() + config_.geometry.control(source) + kCounterOffset);
-}
-
-// Whether every peer's message of `iteration` is here. Polls only the counters that are behind.
-bool Exchange::arrived(std::uint64_t iteration) {
-  if (iteration < complete_) return true;
-  bool all = true;
-  for (std::uint32_t q = 0; q < seen_.size(); ++q) {
-    if (seen_[q] > iteration || q == config_.rank) continue;
-    seen_[q] = poll(counter_line(q), config_.epoch, seen_[q]);
-    all &= seen_[q] > iteration;
-  }
-  if (all) complete_ = iteration + 1;
-  return all;
-}
-
-Outcome Exchange::await(std::uint64_t iteration, std::uint64_t deadline_ns) {
-  if (arrived(iteration)) return Outcome::ok;
-  // Each peer that is behind is charged with the time until its counter comes.
-  const std::uint64_t start = now_ns();
-  behind_.clear();
-  for (std::uint32_t q = 0; q < seen_.size(); ++q) {
-    if (q != config_.rank && seen_[q] <= iteration) behind_.push_back(q);
-  }
-  const auto charge = [&](std::uint32_t q) { stats_[q].wait_ns += now_ns() - start; };
-  Backoff backoff(config_.wait);
-  for (;;) {
-    const bool slow_checks = backoff.pause();
-    if (arrived(iteration)) {
-      std::for_each(behind_.begin(), behind_.end(), charge);
-      return Outcome::ok;
-    }
-    std::erase_if(behind_, [&](std::uint32_t q) {
-      if (seen_[q] <= iteration) return false;
-      charge(q);
-      return true;
-    });
-    if (!slow_checks) continue;
-    const Outcome failure = find_failure(iteration);
-    if (failure != Outcome::ok || now_ns() >= deadline_ns) {
-      std::for_each(behind_.begin(), behind_.end(), charge);
-      return failure != Outcome::ok ? failure : fail(Outcome::timeout, behind_.front(), iteration, "");
-    }
-  }
-}
+// --- failures
 
 Outcome Exchange::fail(Outcome outcome, std::uint32_t rank, std::uint64_t iteration, std::string text) {
   details_ = {rank, iteration, 0, 0, std::move(text)};
   return outcome;
 }
 
-bool Exchange::dead(std::uint32_t peer) const {
-  if (pidfds_[peer] < 0) return false;
-  pollfd fd{pidfds_[peer], POLLIN, 0};  // a pidfd is readable once its process has ended
-  return ::poll(&fd, 1, 0) == 1 && (fd.revents & POLLIN);
+Outcome Exchange::failure(std::uint64_t iteration) {
+  return fail(failure_.outcome(), failure_.rank(), iteration, failure_.text());
 }
 
-std::optional<Farewell> Exchange::farewell_of(std::uint32_t source) const {
-  Farewell copy;
-  std::memcpy(&copy, arena_->data() + config_.geometry.control(source) + kFarewellOffset, sizeof copy);
-  if (!copy.intact(config_.epoch)) return std::nullopt;
-  std::atomic_thread_fence(std::memory_order_acquire);  // counters are read after it
-  return copy;
+bool Exchange::has_left(std::uint32_t peer) const {
+  return inbox_.farewell(peer) || liveness_->dead(peer) || channels_[peer]->broken() != UCS_OK;
 }
 
-// Why `iteration` will not complete, if that is known: a peer that is behind has died or has left.
+// On the progress thread: a peer cannot be reached any more. One that has said farewell may be: it has left.
+void Exchange::lost(std::uint32_t peer, Outcome outcome, std::string why) {
+  if (!inbox_.farewell(peer)) failure_.set(outcome, peer, std::move(why));
+  doorbell_->stirred();
+}
+
+// Why `iteration` will not complete, if that is known: a peer that is behind has left.
 Outcome Exchange::find_failure(std::uint64_t iteration) {
-  const std::uint32_t ranks = config_.geometry.ranks;
-  // Asked before the counters are read again: a peer may post and end in between.
-  std::vector<bool> gone(ranks);
-  std::vector<std::optional<Farewell>> words(ranks);
-  for (std::uint32_t q = 0; q < ranks; ++q) {
-    if (q == config_.rank || seen_[q] > iteration) continue;
-    gone[q] = dead(q);
-    words[q] = farewell_of(q);
+  if (failure_.failed()) return failure(iteration);
+  // Farewells are read before the counters are read again: a peer may post and leave in between.
+  std::vector<std::pair<std::uint32_t, Farewell>> words;
+  for (const std::uint32_t q : behind_) {
+    if (const auto word = inbox_.farewell(q)) words.emplace_back(q, *word);
   }
-  if (arrived(iteration)) return Outcome::ok;
-  // The origin of a failure before those who only pass it on: errors, then deaths, then plain departures.
-  for (std::uint32_t q = 0; q < ranks; ++q) {
-    if (seen_[q] <= iteration && words[q] && words[q]->code == Farewell::kErred && iteration >= words[q]->posted) {
-      return fail(Outcome::peer_erred, q, iteration, std::string(words[q]->text, words[q]->text_bytes));
+  if (words.empty() || inbox_.arrived(iteration)) return Outcome::ok;
+  // The origin of a failure before those who only pass it on.
+  const auto order = [](std::uint32_t code) {
+    return code == Farewell::kErred ? 0 : code == Farewell::kBereaved ? 1 : 2;
+  };
+  std::stable_sort(words.begin(), words.end(),
+                   [&](const auto& a, const auto& b) { return order(a.second.code) < order(b.second.code); });
+  for (const auto& [q, word] : words) {
+    if (iteration < word.posted || inbox_.seen(q) > iteration) continue;  // it posted this one before it left
+    const std::string text(word.text, word.text_bytes);
+    if (word.code == Farewell::kErred) {
+      failure_.set(Outcome::peer_erred, q, text);
+    } else if (word.code == Farewell::kBereaved && word.blamed < config_.geometry.ranks && word.blamed != config_.rank) {
+      failure_.set(Outcome::peer_erred, word.blamed, "as rank " + std::to_string(q) + " says: " + text);
+    } else {
+      failure_.set(Outcome::peer_left, q, text);
     }
-  }
-  for (std::uint32_t q = 0; q < ranks; ++q) {
-    if (q == config_.rank || seen_[q] > iteration) continue;
-    if (gone[q] && !words[q]) return fail(Outcome::peer_died, q, iteration, "its process has ended");
-    const ucs_status_t broken = channels_[q]->broken();
-    if (broken != UCS_OK && !words[q]) {
-      return fail(Outcome::peer_died, q, iteration, std::string("connection lost: ") + ucs_status_string(broken));
-    }
-  }
-  for (std::uint32_t q = 0; q < ranks; ++q) {
-    if (seen_[q] > iteration || !words[q] || iteration < words[q]->posted) continue;
-    const std::string text(words[q]->text, words[q]->text_bytes);
-    if (words[q]->code == Farewell::kBereaved && words[q]->blamed < ranks) {
-      return fail(Outcome::peer_erred, words[q]->blamed, iteration, "as rank " + std::to_string(q) + " says: " + text);
-    }
-    return fail(Outcome::peer_left, q, iteration, text);
+    return failure(iteration);
   }
   return Outcome::ok;
 }
 
+// A counter that has looked wrong twice, a slow check apart, is not one that is just being written.
+Outcome Exchange::find_foreign_write(std::uint64_t iteration) {
+  for (const std::uint32_t q : behind_) {
+    std::string now = inbox_.suspicion(q, next_, config_.lag);
+    if (!now.empty() && now == suspicions_[q]) {
+      failure_.set(Outcome::corrupt, q, now);
+      return failure(iteration);
+    }
+    suspicions_[q] = std::move(now);
+  }
+  return Outcome::ok;
+}
+
+// --- waiting
+
+Outcome Exchange::await(std::uint64_t iteration, std::uint64_t deadline_ns) {
+  if (failure_.failed()) return failure(iteration);
+  if (inbox_.arrived(iteration)) return Outcome::ok;
+  const std::uint64_t start = now_ns();
+  bool all_direct = true;
+  behind_.clear();
+  for (std::uint32_t q = 0; q < channels_.size(); ++q) {
+    if (q == config_.rank || inbox_.seen(q) > iteration) continue;
+    behind_.push_back(q);
+    all_direct &= channels_[q]->direct();
+  }
+  // Each peer that is behind is charged with the time until its counter comes.
+  const auto charge = [&](std::uint32_t q) {
+    PeerStats& stats = stats_[q];
+    const std::uint64_t waited = now_ns() - start;
+    ++stats.waits;
+    stats.wait_ns += waited;
+    stats.wait_max_ns = std::max(stats.wait_max_ns, waited);
+  };
+  Backoff backoff(config_.wait, Sleeper(arena_->data()), deadline_ns);
+  const auto progressed = [&] {
+    const bool all = inbox_.arrived(iteration);
+    const std::size_t before = behind_.size();
+    std::erase_if(behind_, [&](std::uint32_t q) {
+      if (inbox_.seen(q) <= iteration) return false;
+      charge(q);
+      if (all) stats_[q].last += before == 1 || q == behind_.back();
+      return true;
+    });
+    return all || failure_.failed();
+  };
+  for (;;) {
+    const bool arrived = backoff.until(progressed, all_direct);
+    if (failure_.failed()) return failure(iteration);
+    if (arrived) return Outcome::ok;
+    Outcome outcome = find_failure(iteration);
+    if (outcome == Outcome::ok) outcome = find_foreign_write(iteration);
+    if (outcome == Outcome::ok && now_ns() >= deadline_ns) outcome = fail(Outcome::timeout, config_.rank, iteration);
+    if (outcome == Outcome::ok) continue;
+    std::for_each(behind_.begin(), behind_.end(), charge);
+    return outcome;
+  }
+}
+
 Outcome Exchange::begin(std::uint64_t deadline_ns) {
+  const Turn turn(busy_);
+  if (!turn) return Outcome::concurrent;
+  if (failure_.failed()) return failure(next_);
   const std::uint64_t bound = std::uint64_t{config_.lag} + 1;
   if (next_ >= bound) {
     const Outcome outcome = await(next_ - bound, deadline_ns);
     if (outcome != Outcome::ok) return outcome;
   }
   // A peer whose counter says n works on iteration n, or will; the slowest of them gives the lead.
-  for (std::uint32_t q = 0; q < seen_.size(); ++q) {
-    if (q == config_.rank) continue;
-    seen_[q] = poll(counter_line(q), config_.epoch, seen_[q]);
-    if (next_ > seen_[q]) max_lead_ = std::max(max_lead_, next_ - seen_[q]);
+  std::uint64_t lead = 0;
+  for (std::uint32_t q = 0; q < channels_.size(); ++q) {
+    if (q != config_.rank && next_ > inbox_.look(q)) lead = std::max(lead, next_ - inbox_.seen(q));
   }
-  return Outcome::ok;
-}
-
-Outcome Exchange::post(const std::byte* data, std::uint64_t items, std::uint64_t item_bytes, const std::int64_t* counts,
-                       std::uint64_t tag, std::uint64_t deadline_ns) {
-  const std::uint32_t ranks = config_.geometry.ranks;
-  const std::uint64_t window = config_.geometry.window_bytes;
-  const std::uint64_t bound = std::uint64_t{config_.lag} + 1;
-  std::uint64_t sum = 0;
-  for (std::uint32_t q = 0; q < ranks; ++q) {
-    details_ = {q, next_, static_cast<std::uint64_t>(counts[q]), items, ""};
-    if (counts[q] < 0) return Outcome::count_negative;
-    if (__builtin_add_overflow(sum, static_cast<std::uint64_t>(counts[q]), &sum)) sum = ~std::uint64_t{0};
-  }
-  if (sum != items) {
-    details_ = {config_.rank, next_, sum, items, ""};
-    return Outcome::count_sum;
-  }
-  // From here on every count is at most `items`, so that no number of bytes exceeds the buffer's.
-  for (std::uint32_t q = 0; q < ranks; ++q) {
-    const std::uint64_t bytes = static_cast<std::uint64_t>(counts[q]) * item_bytes;
-    const bool own_view = q == config_.rank && !config_.copy_self;
-    if (bytes > window && !own_view) {
-      details_ = {q, next_, bytes, window, ""};
-      return Outcome::too_large;
-    }
-  }
-  if (next_ >= bound && !record(next_ - bound).released) {
-    details_ = {config_.rank, next_ - bound, 0, 0, ""};
-    return Outcome::window_held;
-  }
-  if (next_ >= bound) {
-    const Outcome outcome = await(next_ - bound, deadline_ns);
-    if (outcome != Outcome::ok) return outcome;
-  }
-  // All that can fail has been asked before anything is sent: a peer gets all of an iteration's messages or none.
-  for (const auto& each : channels_) {
-    if (!each) continue;
-    Backoff backoff(config_.wait);
-    while (!each->room(next_)) {
-      if (!backoff.pause()) continue;
-      if (each->broken() != UCS_OK) {
-        return fail(Outcome::peer_died, each->peer(), next_,
-                    std::string("connection lost: ") + ucs_status_string(each->broken()));
-      }
-      if (now_ns() >= deadline_ns) return fail(Outcome::timeout, each->peer(), next_, "earlier puts have not left");
-    }
-  }
-
-  Record& mine = record(next_);
-  mine.iteration = next_;
-  mine.released = false;
-  mine.checked = false;
-  mine.tag = tag;
-  bool queued = false;
-  const std::byte* at = data;
-  for (std::uint32_t q = 0; q < ranks; ++q) {
-    starts_[q] = at;
-    at += static_cast<std::uint64_t>(counts[q]) * item_bytes;
-  }
-  // Everyone begins with its successor, so that no rank is everybody's first.
-  for (std::uint32_t step = 1; step < ranks; ++step) {
-    const std::uint32_t q = (config_.rank + step) % ranks;
-    const std::uint64_t bytes = static_cast<std::uint64_t>(counts[q]) * item_bytes;
-    channels_[q]->post(next_, starts_[q], bytes, tag);
-    queued |= !channels_[q]->direct();
-    ++stats_[q].messages;
-    stats_[q].bytes += bytes;
-  }
-  const std::uint32_t self = config_.rank;
-  mine.own = starts_[self];
-  mine.lengths[self] = static_cast<std::uint64_t>(counts[self]) * item_bytes;
-  if (config_.copy_self) {
-    std::byte* copy = arena_->data() + config_.geometry.window(self, self, next_) + kHeaderBytes;
-    if (mine.lengths[self]) std::memcpy(copy, mine.own, mine.lengths[self]);
-    mine.own = copy;
-  }
-  ++stats_[self].messages;
-  stats_[self].bytes += mine.lengths[self];
-  ++next_;
-  if (queued) fabric_->kick();
+  if (lead >= leads_.size()) leads_.resize(lead + 1);
+  ++leads_[lead];
   return Outcome::ok;
 }
 
 Outcome Exchange::wait(std::uint64_t iteration, std::uint64_t deadline_ns) {
+  const Turn turn(busy_);
+  if (!turn) return Outcome::concurrent;
+  if (failure_.failed()) return failure(iteration);
   Record& mine = record(iteration);
-  if (mine.checked) return Outcome::ok;
-  const Outcome outcome = await(iteration, deadline_ns);
-  return outcome == Outcome::ok ? check_headers(mine) : outcome;
+  if (!mine.checked) {
+    Outcome outcome = await(iteration, deadline_ns);
+    if (outcome == Outcome::ok) outcome = check_headers(mine);
+    if (outcome != Outcome::ok) return outcome;
+  }
+  if (mine.large || mine.pulling.load(std::memory_order_acquire)) return Outcome::large;
+  return Outcome::ok;
 }
 
 // Lengths and iterations come from a peer: nothing is done with them before they fit.
 Outcome Exchange::check_headers(Record& mine) {
-  for (std::uint32_t q = 0; q < config_.geometry.ranks; ++q) {
+  mine.large = 0;
+  for (std::uint32_t q = 0; q < channels_.size(); ++q) {
     if (q == config_.rank) continue;
     Header header;
-    std::memcpy(&header, arena_->data() + config_.geometry.window(config_.rank, q, mine.iteration), sizeof header);
-    if (!header.intact(config_.epoch)) {
-      return fail(Outcome::corrupt, q, mine.iteration, "its header does not match its check word");
+    std::string wrong = inbox_.read(mine.iteration, q, header);
+    if (wrong.empty() && config_.checksums && header.kind == Header::kInline &&
+        header.checksum != checksum(inbox_.payload(mine.iteration, q), header.length)) {
+      wrong = "its message does not match its checksum";
     }
-    if (header.iteration != mine.iteration) {
-      return fail(Outcome::corrupt, q, mine.iteration,
-                  "its window holds the message of iteration " + std::to_string(header.iteration));
-    }
-    if (header.length > config_.geometry.window_bytes) {
-      return fail(Outcome::corrupt, q, mine.iteration,
-                  "its header claims " + std::to_string(header.length) + " bytes in a window of " +
-                      std::to_string(config_.geometry.window_bytes));
+    if (!wrong.empty()) {
+      failure_.set(Outcome::corrupt, q, std::move(wrong));
+      return failure(mine.iteration);
     }
     if (header.tag != mine.tag) {
+      failure_.set(Outcome::tag_mismatch, q, "");
       details_ = {q, mine.iteration, header.tag, mine.tag, ""};
       return Outcome::tag_mismatch;
     }
     mine.lengths[q] = header.length;
+    mine.checksums[q] = header.checksum;
+    mine.placed[q] = nullptr;
+    if (header.kind == Header::kLarge) {
+      ++mine.large;
+      to_acknowledge_[q] = mine.iteration + 1;
+    }
   }
   mine.checked = true;
+  if (!mine.large) settle(mine);
   return Outcome::ok;
 }
 
-bool Exchange::ready(std::uint64_t iteration) { return record(iteration).checked || arrived(iteration); }
+Outcome Exchange::pull(std::uint64_t iteration, const std::vector<std::pair<std::uint32_t, std::byte*>>& into,
+                       std::uint64_t deadline_ns) {
+  const Turn turn(busy_);
+  if (!turn) return Outcome::concurrent;
+  Record& mine = record(iteration);
+  if (mine.large) {
+    std::vector<Descriptor> descriptors(into.size());
+    for (std::size_t i = 0; i < into.size(); ++i) {
+      std::string wrong = inbox_.read(iteration, into[i].first, descriptors[i]);
+      if (!wrong.empty()) {
+        failure_.set(Outcome::corrupt, into[i].first, std::move(wrong));
+        return failure(iteration);
+      }
+    }
+    mine.pulling.store(mine.large);
+    mine.large = 0;
+    fabric_->call([&] {
+      for (std::size_t i = 0; i < into.size(); ++i) {
+        const auto [source, to] = into[i];
+        mine.placed[source] = to;
+        channels_[source]->pull(to, mine.lengths[source], descriptors[i].address,
+                                std::string(descriptors[i].rkey, descriptors[i].rkey_bytes), &mine.pulling);
+      }
+    });
+  }
+  Backoff backoff(config_.wait, Sleeper(arena_->data()), deadline_ns);
+  const auto done = [&] { return mine.pulling.load(std::memory_order_acquire) == 0 || failure_.failed(); };
+  while (!backoff.until(done, false)) {
+    if (now_ns() >= deadline_ns) return fail(Outcome::timeout, config_.rank, iteration, "large messages are being pulled");
+  }
+  if (mine.pulling.load(std::memory_order_acquire)) return failure(iteration);
+  for (std::uint32_t q = 0; config_.checksums && q < channels_.size(); ++q) {
+    if (mine.placed[q] && q != config_.rank && mine.checksums[q] != checksum(mine.placed[q], mine.lengths[q])) {
+      failure_.set(Outcome::corrupt, q, "its large message does not match its checksum");
+      return failure(iteration);
+    }
+  }
+  settle(mine);
+  return Outcome::ok;
+}
 
-bool Exchange::sent(std::uint64_t iteration) const {
-  const Record& mine = record(iteration);
-  if (mine.iteration == iteration && !config_.copy_self && !mine.released && mine.lengths[config_.rank]) return false;
-  return std::all_of(channels_.begin(), channels_.end(),
-                     [&](const auto& each) { return !each || each->sent() > iteration; });
+// Nothing of this iteration is wanted from a peer's memory any more: acknowledge, in order, to those who wait for it.
+void Exchange::settle(Record& mine) {
+  mine.settled = true;
+  const std::uint64_t before = settled_;
+  while (settled_ < next_ && record(settled_).iteration == settled_ && record(settled_).settled) ++settled_;
+  if (settled_ == before) return;
+  for (std::uint32_t q = 0; q < channels_.size(); ++q) {
+    if (q == config_.rank || to_acknowledge_[q] <= before) continue;
+    channels_[q]->acknowledge(std::min(settled_, to_acknowledge_[q]));
+    std::atomic_thread_fence(std::memory_order_seq_cst);
+    channels_[q]->wake();
+  }
+}
+
+bool Exchange::ready(std::uint64_t iteration) {
+  const Turn turn(busy_);
+  return turn && (record(iteration).checked || inbox_.arrived(iteration));
 }
 
 void Exchange::release(std::uint64_t iteration) {
   Record& mine = record(iteration);
-  if (mine.iteration == iteration) mine.released = true;
+  if (mine.iteration != iteration || mine.released) return;
+  mine.released = true;
+  mine.large = 0;
+  // Not yet checked: its large messages, if any, are acknowledged when the iteration is known to be complete (post).
+  if (mine.checked && !mine.settled && mine.pulling.load(std::memory_order_acquire) == 0) settle(mine);
 }
 
 const std::byte* Exchange::message(std::uint64_t iteration, std::uint32_t source) const {
-  if (source == config_.rank) return record(iteration).own;
-  return arena_->data() + config_.geometry.window(config_.rank, source, iteration) + kHeaderBytes;
+  const Record& mine = record(iteration);
+  if (source == config_.rank) return mine.own;
+  if (mine.placed[source]) return mine.placed[source];
+  return mine.lengths[source] > config_.geometry.window_bytes ? nullptr : inbox_.payload(iteration, source);
 }
 
 std::uint64_t Exchange::length(std::uint64_t iteration, std::uint32_t source) const {
   return record(iteration).lengths[source];
 }
 
+void Exchange::copy_out(std::uint64_t iteration, std::byte* to) const {
+  const Record& mine = record(iteration);
+  for (std::uint32_t q = 0; q < channels_.size(); to += mine.lengths[q], ++q) {
+    const std::byte* from = message(iteration, q);
+    if (from && from != to && mine.lengths[q]) std::memcpy(to, from, mine.lengths[q]);
+  }
+}
+
 std::string Exchange::transport(std::uint32_t peer) const {
   std::string name;
   if (channels_[peer]) fabric_->call([&] { name = channels_[peer]->transport(); });
   return name;
-}
-
-bool Exchange::close(std::uint32_t code, std::uint32_t blamed, const std::string& text, std::uint64_t deadline_ns) {
-  Farewell word{};
-  word.code = code;
-  word.blamed = blamed;
-  word.posted = next_;
-  word.text_bytes = static_cast<std::uint32_t>(std::min(text.size(), Farewell::kTextBytes));
-  std::memcpy(word.text, text.data(), word.text_bytes);
-  for (const auto& each : channels_) {
-    if (each) each->farewell(word);
-  }
-  fabric_->kick();
-  // A peer may write here until it has said farewell itself, or cannot any more.
-  const auto quiet = [&] {
-    return std::all_of(channels_.begin(), channels_.end(), [&](const auto& each) {
-      return !each || (each->drained() && (farewell_of(each->peer()) || dead(each->peer()) || each->broken() != UCS_OK));
-    });
-  };
-  const bool all_quiet = fabric_->until(quiet, deadline_ns);
-  bool all_closed = false;
-  fabric_->call([&] {
-    for (const auto& each : channels_) {
-      if (each) each->disconnect();
-    }
-  });
-  const auto disconnected = [&] {
-    bool all = true;
-    for (const auto& each : channels_) all &= !each || each->disconnected();
-    return all;
-  };
-  all_closed = fabric_->until(disconnected, std::max(deadline_ns, deadline_after(1'000'000'000)));
-  fabric_->call([&] {
-    for (auto& each : channels_) {
-      if (!each) continue;
-      fabric_->detach(each.get());
-      if (!all_closed) each.release();  // leaked on purpose: UCX may still call back into it
-    }
-  });
-  channels_.clear();
-  return all_quiet && all_closed;
 }
 
 }  // namespace blsrdma

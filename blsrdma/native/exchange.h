@@ -4,50 +4,40 @@
 // k: work on i begins when i - k - 1 is complete (begin), and i is posted when i - k - 1 is complete and released here.
 // With both rules 2 (k + 1) windows per source need no acknowledgement; blsrdma/windows.py has the proof.
 //
-// One thread at a time calls an Exchange. Nothing here throws on the hot path or knows of Python: calls return an Outcome,
-// and details() says what it was about.
+// A message larger than its window stays in the sender's buffer; its window gets a Descriptor. wait() then says so
+// (Outcome::large), the caller names memory for it, and pull() gets it. The sender's buffer is in use until the receiver
+// acknowledges, by a counter of its own, that it has pulled (or released) everything up to that iteration.
+//
+// One thread at a time calls an Exchange; a second one is told so. Nothing on the hot path throws or knows of Python: calls
+// return an Outcome, and details() says what it was about.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "arena.h"
 #include "channel.h"
 #include "fabric.h"
+#include "failure.h"
+#include "inbox.h"
 #include "layout.h"
+#include "liveness.h"
 #include "wait.h"
 
 namespace blsrdma {
 
-enum class Outcome : int {
-  ok = 0,
-  timeout,        // the deadline passed; details().rank: one that is missing
-  peer_died,      // its process is gone, or its connection
-  peer_erred,     // it left with an error; text: what it said
-  peer_left,      // it closed without an error and will not post this iteration
-  window_held,    // i - k - 1 is not released here
-  count_negative,  // counts[rank] < 0
-  count_sum,      // the counts do not add up; a: sum, b: expected
-  too_large,      // message to rank: a bytes, window of b bytes
-  corrupt,        // a header does not fit; text: how
-  tag_mismatch,   // rank declared another element type: a there, b here
-};
-
-struct Details {
-  std::uint32_t rank = 0;
-  std::uint64_t iteration = 0;
-  std::uint64_t a = 0;
-  std::uint64_t b = 0;
-  std::string text;
-};
-
 struct PeerStats {
   std::uint64_t messages = 0;
   std::uint64_t bytes = 0;
-  std::uint64_t wait_ns = 0;  // from the start of each wait until this peer's counter came
+  std::uint64_t waits = 0;        // waits in which this peer was behind at the start
+  std::uint64_t wait_ns = 0;      // from the start of each such wait until its counter came
+  std::uint64_t wait_max_ns = 0;
+  std::uint64_t last = 0;         // how often it was the last to come
 };
 
 class Exchange {
@@ -59,83 +49,144 @@ class Exchange {
     std::uint64_t epoch = 0;
     bool copy_self = false;
     bool allow_direct = true;
+    bool checksums = false;
+    std::uint64_t keepalive_ns = kNever;
     WaitPolicy wait;
   };
 
-  // The arena and the fabric must outlive the exchange. No peer may write before connect() has been called by this rank:
-  // the rendezvous sees to that.
+  // No peer may write before connect() has been called by this rank: the rendezvous sees to that. `context` registers
+  // the buffers of large messages.
   Exchange(std::shared_ptr<Fabric> fabric, std::shared_ptr<Arena> arena, const Config& config);
   ~Exchange();  // after close(); else everything that a peer may still write is leaked on purpose
   Exchange(const Exchange&) = delete;
   Exchange& operator=(const Exchange&) = delete;
 
-  // Connect to every peer and complete a first put to each. pidfds[q]: a pidfd of rank q's process, or -1.
+  // Connect to every peer and complete a first put to each. pidfds[q]: a pidfd of rank q's process if it is on this
+  // host, else -1; owned from here on.
   void connect(const std::vector<PeerAddress>& peers, std::vector<int> pidfds, std::uint64_t deadline_ns);
 
   std::uint64_t next() const { return next_; }
   const Details& details() const { return details_; }
+  bool failed() const { return failure_.failed(); }
 
   // Wait until work on the next iteration may begin, and note the lead.
   Outcome begin(std::uint64_t deadline_ns);
   // Post the next iteration. counts[q] items of item_bytes bytes each for rank q, in rank order; items in all. Nothing is
-  // sent and nothing changes unless the outcome is ok.
+  // sent and nothing changes unless the outcome is ok. Throws UcxError where a large message cannot be registered.
   Outcome post(const std::byte* data, std::uint64_t items, std::uint64_t item_bytes, const std::int64_t* counts,
                std::uint64_t tag, std::uint64_t deadline_ns);
   // Wait until the iteration is complete and its headers have been checked.
   Outcome wait(std::uint64_t iteration, std::uint64_t deadline_ns);
+  // After Outcome::large: get the large messages into memory that stays valid until this has returned ok, or the exchange
+  // has been closed. A repeated call, after a timeout, goes on with the memory first named.
+  Outcome pull(std::uint64_t iteration, const std::vector<std::pair<std::uint32_t, std::byte*>>& into,
+               std::uint64_t deadline_ns);
   bool ready(std::uint64_t iteration);
-  bool sent(std::uint64_t iteration) const;
+  bool sent(std::uint64_t iteration);
   void release(std::uint64_t iteration);
 
-  // After wait(): where rank `source`'s message is. Own message not copied: from the buffer that was posted.
+  // After wait(). Where rank `source`'s message is: in its window, in the posted buffer (one's own), where pull() put it,
+  // or nowhere (nullptr): large, and not yet pulled.
   const std::byte* message(std::uint64_t iteration, std::uint32_t source) const;
   std::uint64_t length(std::uint64_t iteration, std::uint32_t source) const;
+  // After wait(): copy the messages that are in windows, and one's own, to where they belong in a concatenation of all.
+  void copy_out(std::uint64_t iteration, std::byte* to) const;
 
-  std::uint64_t counter(std::uint32_t source) const { return seen_[source]; }
-  std::uint64_t max_lead() const { return max_lead_; }
+  std::uint64_t counter(std::uint32_t source) const { return inbox_.seen(source); }
+  std::uint64_t bytes_outstanding(std::uint32_t peer) const {
+    return channels_[peer] ? channels_[peer]->bytes_outstanding() : 0;
+  }
+  std::uint64_t silence_ns(std::uint32_t peer) const { return liveness_ ? liveness_->silence_ns(peer) : 0; }
+  std::uint64_t max_lead() const { return leads_.size() - 1; }
+  const std::vector<std::uint64_t>& leads() const { return leads_; }  // [n]: iterations begun with a lead of n
   const PeerStats& stats(std::uint32_t peer) const { return stats_[peer]; }
   bool direct(std::uint32_t peer) const { return channels_[peer] && channels_[peer]->direct(); }
   std::string transport(std::uint32_t peer) const;
 
   // The end. First tell the peers why and let what is queued leave; then wait until every peer has said farewell too or
-  // is gone, because until then it may still write here. False: the deadline passed, and the caller must keep fabric
-  // and arena alive (quarantine).
+  // is gone, because until then it may still write here. False: the deadline passed, and the caller must keep fabric,
+  // arena and all buffers alive (quarantine).
   bool close(std::uint32_t code, std::uint32_t blamed, const std::string& text, std::uint64_t deadline_ns);
 
  private:
   struct Record {  // of one iteration in flight
     std::uint64_t iteration = 0;
-    bool released = true;
-    bool checked = false;
-    const std::byte* own = nullptr;
-    std::vector<std::uint64_t> lengths;  // bytes, per source
     std::uint64_t tag = 0;
+    bool released = true;
+    bool checked = false;   // every message's header has been read
+    bool settled = true;    // nothing of it is wanted from any peer's memory any more
+    const std::byte* own = nullptr;
+    std::vector<std::uint64_t> lengths;    // bytes, per source
+    std::vector<std::uint64_t> checksums;  // per source, as its header says
+    std::vector<std::byte*> placed;        // per source: where a large message was, or is being, pulled to
+    std::uint32_t large = 0;               // large messages that are neither pulled nor being pulled
+    std::atomic<std::uint32_t> pulling{0};
+    // Of this rank's own large messages: to whom, and the registration of the buffer they are in.
+    std::vector<std::uint32_t> large_to;
+    ucp_mem_h registered = nullptr;
+  };
+  // Marks the exchange as in use by a thread for the span of a call.
+  class Turn {
+   public:
+    explicit Turn(std::atomic<bool>& busy) : busy_(busy), mine_(!busy.exchange(true, std::memory_order_acquire)) {}
+    ~Turn() {
+      if (mine_) busy_.store(false, std::memory_order_release);
+    }
+    explicit operator bool() const { return mine_; }
+
+   private:
+    std::atomic<bool>& busy_;
+    bool mine_;
+  };
+  // Wakes a waiting caller of this rank when UCX has moved something, perhaps a counter, into its memory.
+  class Doorbell final : public Driven {
+   public:
+    explicit Doorbell(Sleeper sleeper) : sleeper_(sleeper) {}
+    void stirred() override {
+      std::atomic_thread_fence(std::memory_order_seq_cst);
+      sleeper_.wake();
+    }
+
+   private:
+    Sleeper sleeper_;
   };
 
-  Record& record(std::uint64_t iteration) { return records_[iteration % records_.size()]; }
-  const Record& record(std::uint64_t iteration) const { return records_[iteration % records_.size()]; }
-  Counter* counter_line(std::uint32_t source) const;
-  bool arrived(std::uint64_t iteration);
+  Record& record(std::uint64_t iteration) { return *records_[iteration % records_.size()]; }
+  const Record& record(std::uint64_t iteration) const { return *records_[iteration % records_.size()]; }
+  Outcome fail(Outcome outcome, std::uint32_t rank, std::uint64_t iteration, std::string text = "");
+  Outcome failure(std::uint64_t iteration);
+  void lost(std::uint32_t peer, Outcome outcome, std::string why);
   Outcome await(std::uint64_t iteration, std::uint64_t deadline_ns);
-  Outcome check_headers(Record& record);
-  std::optional<Farewell> farewell_of(std::uint32_t source) const;
   Outcome find_failure(std::uint64_t iteration);
-  Outcome fail(Outcome outcome, std::uint32_t rank, std::uint64_t iteration, std::string text);
-  bool dead(std::uint32_t peer) const;
+  Outcome find_foreign_write(std::uint64_t iteration);
+  Outcome check_counts(std::uint64_t items, const std::int64_t* counts);
+  Outcome make_room(std::uint64_t deadline_ns);
+  Outcome check_headers(Record& record);
+  void register_large(Record& record, const std::byte* data, std::uint64_t bytes);
+  bool large_is_gone(Record& record);
+  Outcome settle_released(Record& record, std::uint64_t deadline_ns);
+  void settle(Record& record);
+  bool has_left(std::uint32_t peer) const;
 
   std::shared_ptr<Fabric> fabric_;
   std::shared_ptr<Arena> arena_;
   const Config config_;
+  Inbox inbox_;
+  Failure failure_;
+  std::unique_ptr<Liveness> liveness_;
+  std::unique_ptr<Doorbell> doorbell_;
   std::vector<std::unique_ptr<Channel>> channels_;  // by rank; none for oneself
-  std::vector<int> pidfds_;
-  std::vector<Record> records_;
-  std::vector<std::uint64_t> seen_;  // newest counter per source
+  std::vector<std::unique_ptr<Record>> records_;
   std::vector<PeerStats> stats_;
   std::vector<std::uint32_t> behind_;        // peers that a wait is still waiting for
-  std::vector<const std::byte*> starts_;  // of each message in the buffer being posted
+  std::vector<std::string> suspicions_;      // at the last look, per peer
+  std::vector<const std::byte*> starts_;     // of each message in the buffer being posted
+  std::vector<std::uint64_t> to_acknowledge_;  // per source: iterations below this have large messages to acknowledge
+  std::string rkey_;                         // of the buffer registered last
   std::uint64_t next_ = 0;
-  std::uint64_t complete_ = 0;  // iterations 0 .. complete_ - 1 are known to be complete
-  std::uint64_t max_lead_ = 0;
+  std::uint64_t settled_ = 0;  // iterations below this are settled
+  std::vector<std::uint64_t> leads_{0};
+  std::atomic<bool> busy_{false};
   Details details_;
 };
 

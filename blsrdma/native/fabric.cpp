@@ -1,9 +1,9 @@
 #include "fabric.h"
 
-#include <poll.h>
 #include <pthread.h>
 #include <sched.h>
 #include <signal.h>
+#include <sys/epoll.h>
 #include <sys/eventfd.h>
 #include <unistd.h>
 
@@ -18,17 +18,36 @@
 namespace blsrdma {
 namespace {
 
-constexpr unsigned kSpins = 64;           // idle rounds before the thread gives the core away
-constexpr unsigned kYields = 256;         // idle rounds, work in flight, before it sleeps
-constexpr int kBusySleepMs = 1;           // bound of a sleep while work is in flight
-constexpr int kIdleSleepMs = 500;         // bound of a sleep otherwise (UCX keep-alive runs inside progress)
+constexpr unsigned kSpins = 64;                      // idle rounds before the thread gives the core away
+constexpr unsigned kYields = 256;                    // idle rounds, work in flight, before it sleeps
+constexpr int kBusySleepMs = 1;                      // bound of a sleep while work is in flight
+constexpr int kIdleSleepMs = 500;                    // bound of a sleep otherwise
+constexpr std::uint64_t kTickNs = 1'000'000'000;
+constexpr std::uint64_t kWatchNs = 100'000'000;      // how long a busy thread may be deaf to its watches
+
+int checked(int result, const char* what) {
+  if (result < 0) throw std::system_error(errno, std::generic_category(), what);
+  return result;
+}
+
+void ring(int eventfd) {
+  const std::uint64_t one = 1;
+  [[maybe_unused]] const auto written = write(eventfd, &one, sizeof one);
+}
 
 }  // namespace
 
-Fabric::Fabric(ucp_worker_h worker, std::shared_ptr<void> owner) : owner_(std::move(owner)), worker_(worker) {
-  check(ucp_worker_get_efd(worker_, &worker_fd_), "ucp_worker_get_efd (the context needs the WAKEUP feature)");
-  wake_fd_ = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
-  if (wake_fd_ < 0) throw std::system_error(errno, std::generic_category(), "eventfd");
+Fabric::Fabric(ucp_worker_h worker, std::shared_ptr<void> owner)
+    : owner_(std::move(owner)), worker_(worker), pid_(getpid()) {
+  int worker_fd = -1;
+  check(ucp_worker_get_efd(worker_, &worker_fd), "ucp_worker_get_efd (the context needs the WAKEUP feature)");
+  events_ = checked(epoll_create1(EPOLL_CLOEXEC), "epoll_create1");
+  wake_ = checked(eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC), "eventfd");
+  watch(worker_fd, [] {});  // what woke the thread it finds by progress
+  watch(wake_, [this] {
+    std::uint64_t count = 0;
+    [[maybe_unused]] const auto drained = read(wake_, &count, sizeof count);
+  });
   // Signals are for the application's threads: the progress thread blocks them all.
   sigset_t all, before;
   sigfillset(&all);
@@ -40,22 +59,24 @@ Fabric::Fabric(ucp_worker_h worker, std::shared_ptr<void> owner) : owner_(std::m
 
 Fabric::~Fabric() {
   stop();
-  close(wake_fd_);
+  close(wake_);
+  close(events_);
 }
 
 void Fabric::stop() {
   if (stopping_.exchange(true)) return;
-  const std::uint64_t one = 1;
-  [[maybe_unused]] const auto written = write(wake_fd_, &one, sizeof one);
+  if (getpid() != pid_) {  // in the child of a fork the thread does not exist
+    if (thread_.joinable()) thread_.detach();
+    return;
+  }
+  ring(wake_);
   if (thread_.joinable()) thread_.join();
 }
 
 void Fabric::kick() {
-  // Pairs with the fence in sleep(): either the thread sees the new work before it sleeps, or we see that it sleeps.
+  // Pairs with the fence in run(): either the thread sees the new work before it sleeps, or we see that it sleeps.
   std::atomic_thread_fence(std::memory_order_seq_cst);
-  if (!sleeping_.load(std::memory_order_relaxed)) return;
-  const std::uint64_t one = 1;
-  [[maybe_unused]] const auto written = write(wake_fd_, &one, sizeof one);
+  if (sleeping_.load(std::memory_order_relaxed)) ring(wake_);
 }
 
 void Fabric::call(const std::function<void()>& work) {
@@ -63,11 +84,10 @@ void Fabric::call(const std::function<void()>& work) {
   auto done = task.get_future();
   {
     const std::lock_guard lock(mutex_);
-    if (stopping_) throw std::runtime_error("the fabric is closed");
+    if (stopping_ || getpid() != pid_) throw std::runtime_error("the fabric is closed");
     commands_.emplace_back([&task] { task(); });
   }
-  const std::uint64_t one = 1;
-  [[maybe_unused]] const auto written = write(wake_fd_, &one, sizeof one);
+  ring(wake_);
   done.get();
 }
 
@@ -85,6 +105,29 @@ void Fabric::attach(Driven* driven) { driven_.push_back(driven); }
 
 void Fabric::detach(Driven* driven) { std::erase(driven_, driven); }
 
+void Fabric::watch(int fd, std::function<void()> readable) {
+  epoll_event event{};
+  event.events = EPOLLIN;
+  event.data.fd = fd;
+  checked(epoll_ctl(events_, EPOLL_CTL_ADD, fd, &event), "epoll_ctl");
+  watches_[fd] = std::move(readable);
+}
+
+void Fabric::unwatch(int fd) {
+  if (watches_.erase(fd)) epoll_ctl(events_, EPOLL_CTL_DEL, fd, nullptr);
+}
+
+void Fabric::look_at_watches(int milliseconds) {
+  epoll_event ready[16];
+  const int count = epoll_wait(events_, ready, std::size(ready), milliseconds);
+  for (int i = 0; i < count; ++i) {
+    const auto found = watches_.find(ready[i].data.fd);
+    if (found == watches_.end()) continue;  // unwatched by one before it
+    const auto readable = found->second;    // a copy: it may unwatch itself
+    readable();
+  }
+}
+
 bool Fabric::run_commands() {
   std::deque<std::function<void()>> commands;
   {
@@ -101,21 +144,30 @@ bool Fabric::anything_waiting() const {
 
 void Fabric::sleep(int milliseconds) {
   // UCS_ERR_BUSY: events are pending already, progress first.
-  if (ucp_worker_arm(worker_) != UCS_OK) return;
-  pollfd fds[2] = {{worker_fd_, POLLIN, 0}, {wake_fd_, POLLIN, 0}};
-  ::poll(fds, 2, milliseconds);
-  if (fds[1].revents & POLLIN) {
-    std::uint64_t count = 0;
-    [[maybe_unused]] const auto drained = read(wake_fd_, &count, sizeof count);
-  }
+  if (ucp_worker_arm(worker_) == UCS_OK) look_at_watches(milliseconds);
 }
 
 void Fabric::run() {
   unsigned idle = 0;
-  while (!stopping_.load(std::memory_order_relaxed)) {
+  std::uint64_t next_tick = now_ns() + kTickNs, next_watch = 0;
+  for (unsigned round = 0; !stopping_.load(std::memory_order_relaxed); ++round) {
     bool moved = run_commands();
-    moved |= ucp_worker_progress(worker_) != 0;
+    if (ucp_worker_progress(worker_) != 0) {
+      moved = true;
+      for (std::size_t i = 0; i < driven_.size(); ++i) driven_[i]->stirred();
+    }
     for (std::size_t i = 0; i < driven_.size(); ++i) moved |= driven_[i]->advance();
+    if (round % 64 == 0 || idle >= kSpins) {
+      const std::uint64_t now = now_ns();
+      if (now >= next_watch) {
+        look_at_watches(0);
+        next_watch = now + kWatchNs;
+      }
+      if (now >= next_tick) {
+        for (std::size_t i = 0; i < driven_.size(); ++i) driven_[i]->tick(now);
+        next_tick = now + kTickNs;
+      }
+    }
     if (moved) {
       idle = 0;
       continue;

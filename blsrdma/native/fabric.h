@@ -2,13 +2,14 @@
 //
 // A message that has been posted must arrive although neither its sender nor its receiver calls again, so somebody else
 // progresses the worker: this thread, and only this thread, makes UCX calls on it. It sleeps while nothing is in flight
-// and nothing arrives. Direct stores (see channel.h) never come here.
+// and nothing arrives. Direct stores (see channel.h) never come here. It also hears of the death of processes on this host.
 #pragma once
 
 #include <atomic>
 #include <cstdint>
 #include <deque>
 #include <functional>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <thread>
@@ -18,12 +19,14 @@
 
 namespace blsrdma {
 
-// Something that the progress thread moves forward.
+// Something that the progress thread takes care of.
 class Driven {
  public:
   virtual ~Driven() = default;
-  virtual bool advance() = 0;       // one step, if one is possible; true when something moved
-  virtual bool waiting() const = 0;  // work is queued or in flight
+  virtual bool advance() { return false; }        // one step, if one is possible; true when something moved
+  virtual bool waiting() const { return false; }  // work is queued or in flight
+  virtual void stirred() {}                       // UCX has moved something: perhaps into this process's memory
+  virtual void tick(std::uint64_t /*now_ns*/) {}  // about once a second
 };
 
 class Fabric {
@@ -40,27 +43,34 @@ class Fabric {
   void call(const std::function<void()>& work);
   // Wait until `done`, evaluated on the progress thread, holds: true; or until the deadline: false.
   bool until(const std::function<bool()>& done, std::uint64_t deadline_ns);
-  void attach(Driven* driven);  // from the progress thread (inside call)
-  void detach(Driven* driven);  // from the progress thread (inside call)
   // New work is queued in some Driven: wake the thread if it sleeps. Cheap when it does not.
   void kick();
   void stop();  // idempotent; afterwards call() throws
+
+  // On the progress thread (inside call).
+  void attach(Driven* driven);
+  void detach(Driven* driven);
+  void watch(int fd, std::function<void()> readable);  // `readable` is called on the progress thread
+  void unwatch(int fd);
 
  private:
   void run();
   bool run_commands();
   bool anything_waiting() const;
   void sleep(int milliseconds);
+  void look_at_watches(int milliseconds);
 
   std::shared_ptr<void> owner_;
   ucp_worker_h worker_;
-  int worker_fd_ = -1;
-  int wake_fd_ = -1;
+  int events_ = -1;  // an epoll of the worker's events, of wake_, and of what is watched
+  int wake_ = -1;
+  int pid_;
   std::atomic<bool> sleeping_{false};
   std::atomic<bool> stopping_{false};
   std::mutex mutex_;  // guards commands_ only
   std::deque<std::function<void()>> commands_;
-  std::vector<Driven*> driven_;  // touched by the progress thread only
+  std::vector<Driven*> driven_;                   // this and the next: touched by the progress thread only
+  std::map<int, std::function<void()>> watches_;  // by file descriptor
   std::thread thread_;
 };
 

@@ -5,21 +5,33 @@
 // write of an earlier incarnation are all told from the real thing.
 #pragma once
 
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
 #include <atomic>
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
 
 namespace blsrdma {
 
 inline constexpr std::uint64_t kLine = 64;              // cache line, and alignment of every record and payload
-inline constexpr std::uint64_t kControlBytes = 512;     // per source: counter, warm-up scratch, farewell
-inline constexpr std::uint64_t kCounterOffset = 0;      // within a control block
-inline constexpr std::uint64_t kWarmupOffset = 64;      // within a control block: target of the first put
-inline constexpr std::uint64_t kFarewellOffset = 128;   // within a control block
+inline constexpr std::uint64_t kSleeperOffset = 64;     // in the arena, after the token: "the owner sleeps"
+inline constexpr std::uint64_t kControlBytes = 512;     // per source; the next four lie within it
+inline constexpr std::uint64_t kCounterOffset = 0;
+inline constexpr std::uint64_t kHeartbeatOffset = 64;   // a Counter: signs of life, and the target of the first put
+inline constexpr std::uint64_t kPulledOffset = 80;      // a Counter: large messages of ours that the source has pulled
+inline constexpr std::uint64_t kFarewellOffset = 128;
 inline constexpr std::uint64_t kHeaderBytes = 64;       // precedes each window's payload
+inline constexpr std::uint64_t kLeastPayload = 512;     // room of every window: a large message's Descriptor fits
 inline constexpr std::uint64_t kStagingBytes = 1024;    // per destination: sources of counter and farewell puts
+inline constexpr std::uint64_t kStagedHeartbeat = 16;   // within staging, after the counter
+inline constexpr std::uint64_t kStagedPulled = 32;
+inline constexpr std::uint64_t kStagedFarewell = 64;
 
-// Offsets in bytes from the start of the arena. The arena begins with one line that holds the owner's token.
+// Offsets in bytes from the start of the arena. It begins with the owner's token and the word by which it is woken.
 struct Geometry {
   std::uint32_t ranks = 0;
   std::uint32_t windows = 0;  // per source: iteration i uses window i % windows
@@ -37,12 +49,12 @@ struct Geometry {
     const std::uint64_t index = source == receiver ? ranks - 1 : source < receiver ? source : source - 1;
     return windows_offset + (index * windows + iteration % windows) * window_stride;
   }
-  // Local sources of puts to one destination: counter, farewell, then one header per window.
+  // Local sources of puts to one destination: counters, farewell, then per window a header and a descriptor.
   std::uint64_t staging(std::uint32_t destination) const {
-    return staging_offset + destination * (kStagingBytes + windows * kHeaderBytes);
+    return staging_offset + destination * (kStagingBytes + windows * (kHeaderBytes + kLeastPayload));
   }
   std::uint64_t staged_header(std::uint32_t destination, std::uint64_t iteration) const {
-    return staging(destination) + kStagingBytes + (iteration % windows) * kHeaderBytes;
+    return staging(destination) + kStagingBytes + (iteration % windows) * (kHeaderBytes + kLeastPayload);
   }
 };
 
@@ -70,20 +82,70 @@ inline std::uint64_t poll(Counter* at, std::uint64_t epoch, std::uint64_t seen) 
 
 struct alignas(kLine) Header {
   std::uint64_t iteration;
-  std::uint64_t length;  // bytes of payload
-  std::uint64_t tag;     // element type, as the sender declared it
+  std::uint64_t length;    // bytes of the message
+  std::uint64_t tag;       // element type, as the sender declared it
+  std::uint64_t kind;      // kInline, or kLarge: the payload is a Descriptor, the message is to be pulled
+  std::uint64_t checksum;  // of the message, where the exchange checks contents; else 0
   std::uint64_t check;
 
-  static std::uint64_t mix(std::uint64_t iteration, std::uint64_t length, std::uint64_t tag, std::uint64_t epoch) {
+  static constexpr std::uint64_t kInline = 0;
+  static constexpr std::uint64_t kLarge = 1;
+
+  std::uint64_t mix(std::uint64_t epoch) const {
     const auto rotate = [](std::uint64_t x, int by) { return x << by | x >> (64 - by); };
-    return ~(iteration ^ rotate(length, 21) ^ rotate(tag, 42) ^ epoch);
+    return ~(iteration ^ rotate(length, 11) ^ rotate(tag, 22) ^ rotate(kind, 33) ^ rotate(checksum, 44) ^ epoch);
   }
-  static Header of(std::uint64_t iteration, std::uint64_t length, std::uint64_t tag, std::uint64_t epoch) {
-    return {iteration, length, tag, mix(iteration, length, tag, epoch)};
-  }
-  bool intact(std::uint64_t epoch) const { return check == mix(iteration, length, tag, epoch); }
+  void seal(std::uint64_t epoch) { check = mix(epoch); }
+  bool intact(std::uint64_t epoch) const { return check == mix(epoch); }
 };
 static_assert(sizeof(Header) == kHeaderBytes);
+
+// Where a message that is larger than its window can be got.
+struct Descriptor {
+  static constexpr std::size_t kRkeyBytes = 480;
+
+  std::uint64_t address;
+  std::uint64_t rkey_bytes;
+  char rkey[kRkeyBytes];
+  std::uint64_t check;
+
+  void seal(std::uint64_t epoch);
+  bool intact(std::uint64_t epoch) const;
+};
+static_assert(sizeof(Descriptor) <= kLeastPayload);
+
+// A 64-bit checksum of a message: four independent lanes, several GB/s without special instructions.
+inline std::uint64_t checksum(const std::byte* data, std::uint64_t length) {
+  constexpr std::uint64_t kPrime = 0x9e3779b97f4a7c15u;
+  std::uint64_t lanes[4] = {1, 2, 3, 4};
+  const auto fold = [&](std::uint64_t word, std::size_t lane) {
+    lanes[lane] = (lanes[lane] ^ word) * kPrime;
+    lanes[lane] ^= lanes[lane] >> 29;
+  };
+  std::uint64_t words[4];
+  std::uint64_t at = 0;
+  for (; at + sizeof words <= length; at += sizeof words) {
+    std::memcpy(words, data + at, sizeof words);
+    for (std::size_t lane = 0; lane < 4; ++lane) fold(words[lane], lane);
+  }
+  for (std::size_t lane = 0; at < length; at += 8, ++lane) {
+    std::uint64_t word = 0;
+    std::memcpy(&word, data + at, length - at < 8 ? length - at : 8);
+    fold(word, lane % 4);
+  }
+  std::uint64_t sum = length;
+  for (const std::uint64_t lane : lanes) sum = (sum ^ lane) * kPrime;
+  return sum;
+}
+
+inline void Descriptor::seal(std::uint64_t epoch) {
+  check = checksum(reinterpret_cast<const std::byte*>(this), offsetof(Descriptor, check)) ^ epoch;
+}
+
+inline bool Descriptor::intact(std::uint64_t epoch) const {
+  return rkey_bytes <= kRkeyBytes &&
+         check == (checksum(reinterpret_cast<const std::byte*>(this), offsetof(Descriptor, check)) ^ epoch);
+}
 
 // A rank's last word to a peer: why it posts no more.
 struct Farewell {
@@ -99,11 +161,8 @@ struct Farewell {
   char text[kTextBytes];
   std::uint64_t check;
 
-  std::uint64_t digest(std::uint64_t epoch) const {  // FNV-1a over all that precedes the check
-    std::uint64_t hash = 0xcbf29ce484222325u ^ epoch;
-    const auto* bytes = reinterpret_cast<const unsigned char*>(this);
-    for (std::size_t i = 0; i < offsetof(Farewell, check); ++i) hash = (hash ^ bytes[i]) * 0x100000001b3u;
-    return hash;
+  std::uint64_t digest(std::uint64_t epoch) const {
+    return blsrdma::checksum(reinterpret_cast<const std::byte*>(this), offsetof(Farewell, check)) ^ epoch;
   }
   // What lies in a control block is untrusted until this says so. Works on the caller's copy, never in place.
   bool intact(std::uint64_t epoch) const {
@@ -111,6 +170,36 @@ struct Farewell {
   }
 };
 static_assert(sizeof(Farewell) == 384 && kFarewellOffset + sizeof(Farewell) <= kControlBytes);
-static_assert(kLine + sizeof(Farewell) <= kStagingBytes);
+static_assert(kStagedFarewell + sizeof(Farewell) <= kStagingBytes);
+
+// The word by which a rank that sleeps in a wait is woken: 1 while it sleeps. A hint only: every sleep is bounded.
+class Sleeper {
+ public:
+  explicit Sleeper(std::byte* arena) : word_(reinterpret_cast<std::uint32_t*>(arena + kSleeperOffset)) {}
+
+  // Called by whoever has just published something, after a sequentially consistent fence.
+  void wake() const {
+    const std::atomic_ref<std::uint32_t> word(*word_);
+    if (word.load(std::memory_order_relaxed) == 0) return;
+    if (word.exchange(0) != 0) syscall(SYS_futex, word_, FUTEX_WAKE, 1, nullptr, nullptr, 0);
+  }
+  // Announce the sleep, then look once more (`again`): either the look sees what was published, or the publisher sees
+  // the announcement.
+  template <typename Again>
+  void sleep(std::uint64_t at_most_ns, Again&& again) const {
+    const std::atomic_ref<std::uint32_t> word(*word_);
+    word.store(1);
+    std::atomic_thread_fence(std::memory_order_seq_cst);
+    if (!again()) {
+      const timespec limit{static_cast<time_t>(at_most_ns / 1'000'000'000u),
+                           static_cast<long>(at_most_ns % 1'000'000'000u)};
+      syscall(SYS_futex, word_, FUTEX_WAIT, 1, &limit, nullptr, 0);
+    }
+    word.store(0, std::memory_order_relaxed);
+  }
+
+ private:
+  std::uint32_t* word_;
+};
 
 }  // namespace blsrdma

@@ -92,20 +92,22 @@ NB_MODULE(_native, m) {
   m.attr("HEADER_BYTES") = kHeaderBytes;
   m.attr("STAGING_BYTES") = kStagingBytes;
   m.attr("LINE_BYTES") = kLine;
+  m.attr("LEAST_PAYLOAD") = kLeastPayload;
   m.attr("FAREWELL_TEXT_BYTES") = Farewell::kTextBytes;
 
   nb::enum_<Outcome>(m, "Outcome", nb::is_arithmetic())
       .value("OK", Outcome::ok)
       .value("TIMEOUT", Outcome::timeout)
+      .value("LARGE", Outcome::large)
       .value("PEER_DIED", Outcome::peer_died)
       .value("PEER_ERRED", Outcome::peer_erred)
       .value("PEER_LEFT", Outcome::peer_left)
       .value("WINDOW_HELD", Outcome::window_held)
       .value("COUNT_NEGATIVE", Outcome::count_negative)
       .value("COUNT_SUM", Outcome::count_sum)
-      .value("TOO_LARGE", Outcome::too_large)
       .value("CORRUPT", Outcome::corrupt)
-      .value("TAG_MISMATCH", Outcome::tag_mismatch);
+      .value("TAG_MISMATCH", Outcome::tag_mismatch)
+      .value("CONCURRENT", Outcome::concurrent);
 
   nb::class_<Fabric>(m, "Fabric")
       .def("__init__",
@@ -152,13 +154,14 @@ NB_MODULE(_native, m) {
   nb::class_<Exchange>(m, "Exchange")
       .def("__init__",
            [](Exchange* self, std::shared_ptr<Fabric> fabric, std::shared_ptr<Arena> arena, const Geometry& geometry,
-              std::uint32_t rank, std::uint32_t lag, std::uint64_t epoch, bool copy_self, bool direct,
-              std::uint32_t spins, std::uint32_t yields) {
+              std::uint32_t rank, std::uint32_t lag, std::uint64_t epoch, bool copy_self, bool direct, bool checksums,
+              std::int64_t keepalive_ns, std::uint32_t spins, std::uint32_t yields) {
+             const std::uint64_t keepalive = keepalive_ns < 0 ? kNever : static_cast<std::uint64_t>(keepalive_ns);
              new (self) Exchange(std::move(fabric), std::move(arena),
-                                 {geometry, rank, lag, epoch, copy_self, direct, {spins, yields}});
+                                 {geometry, rank, lag, epoch, copy_self, direct, checksums, keepalive, {spins, yields}});
            },
-           "fabric"_a, "arena"_a, "geometry"_a, "rank"_a, "lag"_a, "epoch"_a, "copy_self"_a, "direct"_a, "spins"_a,
-           "yields"_a)
+           "fabric"_a, "arena"_a, "geometry"_a, "rank"_a, "lag"_a, "epoch"_a, "copy_self"_a, "direct"_a, "checksums"_a,
+           "keepalive_ns"_a, "spins"_a, "yields"_a)
       .def("connect",
            [](Exchange& self, const std::vector<std::tuple<std::uint32_t, nb::bytes, nb::bytes, std::uint64_t, nb::bytes>>& peers,
               std::vector<int> pidfds, std::int64_t timeout_ns) {
@@ -172,7 +175,8 @@ NB_MODULE(_native, m) {
            },
            "peers"_a, "pidfds"_a, "timeout_ns"_a)
       .def_prop_ro("next", &Exchange::next)
-      .def_prop_ro("max_lead", &Exchange::max_lead)
+      .def_prop_ro("failed", &Exchange::failed)
+      .def_prop_ro("leads", &Exchange::leads)
       .def("begin",
            [](Exchange& self, std::int64_t timeout_ns) {
              return interruptible(timeout_ns, [&](std::uint64_t until) { return self.begin(until); });
@@ -188,10 +192,25 @@ NB_MODULE(_native, m) {
            "data"_a, "items"_a, "item_bytes"_a, "counts"_a, "tag"_a, "timeout_ns"_a)
       .def("wait",
            [](Exchange& self, std::uint64_t iteration, std::int64_t timeout_ns) {
-             if (self.ready(iteration)) return static_cast<int>(self.wait(iteration, 0));
+             if (self.ready(iteration)) return static_cast<int>(self.wait(iteration, 0));  // keeps the GIL
              return interruptible(timeout_ns, [&](std::uint64_t until) { return self.wait(iteration, until); });
            },
            "iteration"_a, "timeout_ns"_a)
+      .def("pull",
+           [](Exchange& self, std::uint64_t iteration,
+              const std::vector<std::pair<std::uint32_t, std::uintptr_t>>& into, std::int64_t timeout_ns) {
+             std::vector<std::pair<std::uint32_t, std::byte*>> memory;
+             for (const auto& [source, address] : into) memory.emplace_back(source, reinterpret_cast<std::byte*>(address));
+             return interruptible(timeout_ns,
+                                  [&](std::uint64_t until) { return self.pull(iteration, memory, until); });
+           },
+           "iteration"_a, "into"_a, "timeout_ns"_a)
+      .def("copy_out",
+           [](const Exchange& self, std::uint64_t iteration, std::uintptr_t to) {
+             const nb::gil_scoped_release release;
+             self.copy_out(iteration, reinterpret_cast<std::byte*>(to));
+           },
+           "iteration"_a, "to"_a)
       .def("ready", &Exchange::ready, "iteration"_a)
       .def("sent", &Exchange::sent, "iteration"_a)
       .def("release", &Exchange::release, "iteration"_a)
@@ -202,6 +221,8 @@ NB_MODULE(_native, m) {
            },
            "iteration"_a, "source"_a, "Address and length in bytes of a message, after wait().")
       .def("counter", &Exchange::counter, "source"_a)
+      .def("bytes_outstanding", &Exchange::bytes_outstanding, "peer"_a)
+      .def("silence_ns", &Exchange::silence_ns, "peer"_a)
       .def("details",
            [](const Exchange& self) {
              const Details& it = self.details();
@@ -211,7 +232,7 @@ NB_MODULE(_native, m) {
       .def("stats",
            [](const Exchange& self, std::uint32_t peer) {
              const PeerStats& it = self.stats(peer);
-             return std::tuple(it.messages, it.bytes, it.wait_ns);
+             return std::tuple(it.messages, it.bytes, it.waits, it.wait_ns, it.wait_max_ns, it.last);
            },
            "peer"_a)
       .def("direct", &Exchange::direct, "peer"_a)

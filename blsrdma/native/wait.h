@@ -1,10 +1,13 @@
-// How a caller waits for a counter: spin briefly where cores are free, then yield, then sleep, always bounded.
+// How a caller waits: spin briefly where cores are free, then yield, then sleep until woken, always bounded.
 #pragma once
 
 #include <sched.h>
 #include <time.h>
 
+#include <algorithm>
 #include <cstdint>
+
+#include "layout.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -39,32 +42,49 @@ struct WaitPolicy {
   std::uint32_t yields = 1000;  // polls with sched_yield between
 };
 
+// Poll `done` until it holds (true) or until it is time for checks that cost system calls (false): is the deadline past, do
+// the peers live. Call again after them; the object remembers how long the wait has lasted.
 class Backoff {
  public:
-  explicit Backoff(const WaitPolicy& policy) : policy_(policy) {}
+  Backoff(const WaitPolicy& policy, Sleeper sleeper, std::uint64_t deadline_ns)
+      : policy_(policy), sleeper_(sleeper), deadline_(deadline_ns) {}
 
-  // Pass a moment that grows with the number of calls. True about once a millisecond: time for the slow checks (deadline,
-  // is the peer alive), which cost system calls.
-  bool pause() {
-    ++rounds_;
-    if (rounds_ <= policy_.spins) {
+  // `woken`: whoever makes `done` true wakes the sleeper. Else nobody may, and the sleeps stay short.
+  template <typename Done>
+  bool until(Done&& done, bool woken) {
+    for (; rounds_ < policy_.spins; ++rounds_) {
+      if (done()) return true;
       relax();
-      return rounds_ % 1024 == 0;
     }
-    if (rounds_ <= policy_.spins + policy_.yields) {
+    for (; rounds_ < policy_.spins + policy_.yields; ++rounds_) {
+      if (done()) return true;
       sched_yield();
-      return rounds_ % 64 == 0;
+      if (rounds_ % 256 == 255 && check_due()) return ++rounds_, false;
     }
-    // Waits of this length are seldom: 100 us (really 180) for the next ten milliseconds, 1 ms from then on.
-    const std::uint32_t slept = rounds_ - policy_.spins - policy_.yields;
-    const timespec span{0, slept < 64 ? 100'000 : 1'000'000};
-    nanosleep(&span, nullptr);
-    return slept >= 64 || slept % 8 == 0;
+    const std::uint64_t now = now_ns();
+    if (sleeping_since_ == 0) sleeping_since_ = now;
+    // Unwoken, 100 us (really 180) for the first ten milliseconds; a fifth of a percent of a core after a second.
+    const std::uint64_t slept = now - sleeping_since_;
+    std::uint64_t nap = woken ? 50'000'000 : slept < 10'000'000 ? 100'000 : slept < 1'000'000'000 ? 1'000'000 : 5'000'000;
+    if (deadline_ > now) nap = std::min(nap, deadline_ - now);
+    sleeper_.sleep(nap, done);
+    return done();
   }
 
  private:
+  bool check_due() {  // at most once in two milliseconds
+    const std::uint64_t now = now_ns();
+    if (now < next_check_) return false;
+    next_check_ = now + 2'000'000;
+    return true;
+  }
+
   WaitPolicy policy_;
+  Sleeper sleeper_;
+  std::uint64_t deadline_;
   std::uint32_t rounds_ = 0;
+  std::uint64_t sleeping_since_ = 0;
+  std::uint64_t next_check_ = 0;
 };
 
 }  // namespace blsrdma

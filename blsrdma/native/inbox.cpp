@@ -1,0 +1,60 @@
+#include "inbox.h"
+
+namespace blsrdma {
+
+bool Inbox::arrived(std::uint64_t iteration) {
+  if (iteration < complete_) return true;
+  bool all = true;
+  for (std::uint32_t q = 0; q < seen_.size(); ++q) {
+    if (seen_[q] > iteration || q == rank_) continue;
+    all &= look(q) > iteration;
+  }
+  if (all) complete_ = iteration + 1;
+  return all;
+}
+
+std::optional<Farewell> Inbox::farewell(std::uint32_t source) const {
+  Farewell copy;
+  std::memcpy(&copy, base_ + geometry_.control(source) + kFarewellOffset, sizeof copy);
+  if (!copy.intact(epoch_)) return std::nullopt;
+  std::atomic_thread_fence(std::memory_order_acquire);  // counters are read after it
+  return copy;
+}
+
+std::string Inbox::suspicion(std::uint32_t source, std::uint64_t posted, std::uint32_t lag) const {
+  Counter* line = counter(source, kCounterOffset);
+  const std::uint64_t value = std::atomic_ref<std::uint64_t>(line->value).load(std::memory_order_acquire);
+  const std::uint64_t check = std::atomic_ref<std::uint64_t>(line->check).load(std::memory_order_acquire);
+  if (value == 0 && check == 0) return "";  // never written
+  // It posts j when it holds j - lag - 1 of everyone's, this rank's included. A sender that is stopped between its two
+  // stores leaves an old value beside a new check word: each by itself must be one that it can have written.
+  const std::uint64_t most = posted + lag + 1;
+  for (const std::uint64_t each : {value, ~(check ^ epoch_)}) {
+    if (each < seen_[source] || each > most) {
+      return "its counter (" + std::to_string(value) + ", check word for " + std::to_string(~(check ^ epoch_)) +
+             ") is not in " + std::to_string(seen_[source]) + " .. " + std::to_string(most);
+    }
+  }
+  return "";
+}
+
+std::string Inbox::read(std::uint64_t iteration, std::uint32_t source, Header& header) const {
+  std::memcpy(&header, payload(iteration, source) - kHeaderBytes, sizeof header);
+  if (!header.intact(epoch_)) return "its header does not match its check word";
+  if (header.iteration != iteration) {
+    return "its window holds the message of iteration " + std::to_string(header.iteration);
+  }
+  if (header.kind == Header::kInline && header.length > geometry_.window_bytes) {
+    return "its header claims " + std::to_string(header.length) + " bytes in a window of " +
+           std::to_string(geometry_.window_bytes);
+  }
+  if (header.kind > Header::kLarge) return "its header has the unknown kind " + std::to_string(header.kind);
+  return "";
+}
+
+std::string Inbox::read(std::uint64_t iteration, std::uint32_t source, Descriptor& descriptor) const {
+  std::memcpy(&descriptor, payload(iteration, source), sizeof descriptor);
+  return descriptor.intact(epoch_) ? "" : "the address of its large message does not match its check word";
+}
+
+}  // namespace blsrdma
