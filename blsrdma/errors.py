@@ -55,9 +55,9 @@ class ExchangeClosed(BlsrdmaError):
 class PeerTimeout(BlsrdmaError, TimeoutError):
     """An iteration was not complete at the deadline. Nothing is lost: the wait may be repeated.
 
-    Attributes: `iteration`; `missing`, the ranks whose messages are not here; and per missing rank: `counters`, how many
-    of its messages are here; `states` (alive, stopped, dead, or how long it has been silent); `outstanding`, the bytes for
-    it that have not left.
+    Attributes: `iteration`; `missing`, the ranks whose messages are not here; and per missing rank: `counters`, how
+    many of its messages are here; `states` (alive, stopped, dead, or how long it has been silent); `outstanding`, the
+    bytes for it that have not left.
     """
 
     def __init__(

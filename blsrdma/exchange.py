@@ -37,6 +37,7 @@ from blsrdma.handle import Handle, refuse_over
 from blsrdma.outcomes import typed_error
 from blsrdma.rendezvous import Rendezvous, Round, environment_ranks, store_from_environment
 from blsrdma.settings import Settings, default_memory_limit, format_size, timeout_ns
+from blsrdma.trace import Trace, traced
 from blsrdma.ucx import native, version
 from blsrdma.windows import LINE_BYTES, WindowGeometry, windows_needed
 
@@ -63,8 +64,8 @@ class Exchange:
         store: a torch.distributed Store that all ranks share; None: the one that torchrun's environment names.
         rank, world_size: None: RANK and WORLD_SIZE from the environment.
         name: exchanges that use one store at the same time need different names.
-        lag, window_bytes, timeout, close_timeout, keepalive, direct, copy_self, checksum, memory_limit: see
-            blsrdma.settings; None means not given: the environment's BLSRDMA_* or the default.
+        lag, window_bytes, timeout, close_timeout, keepalive, direct, copy_self, checksum, trace, memory_limit:
+            see blsrdma.settings; None means not given: the environment's BLSRDMA_* or the default.
 
     Raises, on every rank well before the deadline if one of them is at fault: SettingsError for bad values,
     MemoryLimitExceeded before anything is allocated, SettingsMismatch when ranks disagree, RendezvousError when ranks
@@ -86,6 +87,7 @@ class Exchange:
         direct: bool | None = None,
         copy_self: bool | None = None,
         checksum: bool | None = None,
+        trace: str | None = None,
         memory_limit: int | None = None,
         _windows: int | None = None,
         _guard_bytes: int = 0,
@@ -100,7 +102,8 @@ class Exchange:
         try:
             self.settings = Settings.resolve(
                 lag=lag, window_bytes=window_bytes, timeout=timeout, close_timeout=close_timeout, keepalive=keepalive,
-                direct=direct, copy_self=copy_self, checksum=checksum, memory_limit=memory_limit,
+                direct=direct, copy_self=copy_self, checksum=checksum, trace=trace,
+                memory_limit=memory_limit,
             )  # fmt: skip
         except SettingsError as error:
             refusal, self.settings = error, Settings()
@@ -117,6 +120,7 @@ class Exchange:
             )
             self._refuse_over_limit()
             self._timeout_ns = timeout_ns(self.settings.timeout)
+            recorder = Trace(self.settings.trace, name, rank, world_size, self.lag) if self.settings.trace else None
             self._fabric = Fabric.of_process()
             self._arena = self._fabric.allocate(self.geometry.arena_bytes)
         except BaseException as error:
@@ -128,7 +132,7 @@ class Exchange:
         self._in_flight: dict[int, Handle] = {}  # posted, and not yet both released and sent
         self._large_bytes = 0  # of large messages received and held
         met = rendezvous.meet(self._agreed(), self._blob(token))
-        self._core = self._connect(rendezvous, met)
+        self._core = traced(self._connect(rendezvous, met), recorder)
         self._closed = False
         _open.add(self)
         log.info(
@@ -157,7 +161,7 @@ class Exchange:
     @property
     def iteration(self) -> int:
         """The number of the next iteration to be posted."""
-        self._usable()
+        self._unfailed()
         return self._core.next
 
     # --- the loop
@@ -217,7 +221,7 @@ class Exchange:
         - waits in which it was behind, wait_ns spent in them until its message came, wait_max_ns the longest, and last,
           how often it was the last to come.
         """
-        self._usable()
+        self._unfailed()
         peers = []
         for q in range(self.world_size):
             messages, sent_bytes, waits, wait_ns, wait_max_ns, last = self._core.stats(q)
@@ -359,10 +363,16 @@ class Exchange:
         self._large_bytes += more
 
     def _usable(self) -> None:
+        """Raise what makes this exchange unusable; begin, post and wait meet a failure of the core by themselves."""
         if self._failure is not None:
             raise self._failure
         if self._closed:
             raise ExchangeClosed(f"exchange {self.name!r} is closed")
+
+    def _unfailed(self) -> None:
+        self._usable()
+        if self._core.failed:
+            raise self._error(self._core.why_failed())
 
     def _ns(self, timeout: float | None) -> int:
         return self._timeout_ns if timeout is None else timeout_ns(timeout)

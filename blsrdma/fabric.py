@@ -10,7 +10,7 @@ import threading
 import uuid
 from types import MappingProxyType
 
-from blsrdma.errors import SettingsError
+from blsrdma.errors import BlsrdmaError, SettingsError
 from blsrdma.ucx import Feature, UCXContext, UCXWorker, native
 
 log = logging.getLogger("blsrdma")
@@ -62,7 +62,7 @@ class Fabric:
         """The fabric of this process, made at the first call."""
         with cls._lock:
             if cls._current is not None and cls._current.pid != os.getpid():
-                raise RuntimeError("this process was forked after blsrdma was used; UCX does not survive it: use spawn")
+                raise BlsrdmaError("this process was forked after blsrdma was used; UCX does not survive it: use spawn")
             if cls._current is None:
                 cls._current = cls()
             return cls._current

@@ -43,7 +43,7 @@ class Handle:
 
     def ready(self) -> bool:
         """Whether every rank's message is here (large ones: their address), so that wait() need not wait for a peer."""
-        self._exchange._usable()
+        self._exchange._unfailed()
         return self._released or self._exchange._core.ready(self.iteration)
 
     def wait(self, timeout: float | None = None, *, out: Array | None = None, counts: Counts | None = None) -> Received:
@@ -82,7 +82,7 @@ class Handle:
     def sent(self) -> bool:
         """Whether `send` may be overwritten: the messages have left it, the large ones have been pulled, and the
         message to oneself, which is a view of it unless copy_self is set, has been released."""
-        self._exchange._usable()
+        self._exchange._unfailed()
         return self._exchange._core.sent(self.iteration)
 
     def release(self) -> None:

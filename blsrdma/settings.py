@@ -9,6 +9,7 @@
 | keepalive     | BLSRDMA_KEEPALIVE     | 20      | seconds without a sign of life before a peer elsewhere is dead |
 | direct        | BLSRDMA_DIRECT        | 1       | store into the windows of peers on this host; 0: UCX puts |
 | copy_self     | BLSRDMA_COPY_SELF     | 0       | copy the message to oneself; 0: it is a view of `send` |
+| trace         | BLSRDMA_TRACE         | off     | folder for this rank's timeline, see blsrdma.trace |
 | checksum      | BLSRDMA_CHECKSUM      | 0       | verify the contents of every message |
 | memory_limit  | BLSRDMA_MEMORY_LIMIT  | *       | bytes per rank, of windows and of large messages received without |
 |               |                       |         | `out`; *: half of the machine's memory / ranks on it |
@@ -87,6 +88,10 @@ def _flag(value: Any) -> bool:
     return bool(value)
 
 
+def _folder(value: Any) -> str | None:
+    return str(os.fspath(value)) or None
+
+
 MAX_LAG = 1 << 16  # beyond any use; keeps products of sizes far from 64 bits
 
 # name -> (from text, check of a value)
@@ -99,6 +104,7 @@ _KINDS: dict[str, tuple[Callable[[str], Any], Callable[[Any], Any]]] = {
     "direct": (parse_flag, _flag),
     "copy_self": (parse_flag, _flag),
     "checksum": (parse_flag, _flag),
+    "trace": (str, _folder),
     "memory_limit": (parse_size, _at_least(0)),
 }
 
@@ -115,6 +121,7 @@ class Settings:
     direct: bool = True
     copy_self: bool = False
     checksum: bool = False
+    trace: str | None = None
     memory_limit: int | None = None
 
     @staticmethod

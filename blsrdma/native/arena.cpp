@@ -1,9 +1,35 @@
 #include "arena.h"
 
+#include <sys/ipc.h>
+#include <sys/shm.h>
+#include <unistd.h>
+
+#include <cstdio>
 #include <cstring>
+#include <fstream>
 #include <utility>
 
 namespace blsrdma {
+namespace {
+
+// UCX makes System V segments, the arena's and those of its own queues, readable and writable by the group; nobody but the
+// owner has any business there. (POSIX shared memory it makes for the owner alone.) A segment's id is the inode of its
+// mapping.
+void keep_others_out() {
+  std::ifstream maps("/proc/self/maps");
+  for (std::string line; std::getline(maps, line);) {
+    unsigned long inode = 0;
+    char name[8] = "";
+    if (std::sscanf(line.c_str(), "%*s %*s %*s %*s %lu %7s", &inode, name) != 2) continue;
+    shmid_ds segment{};
+    if (std::strncmp(name, "/SYSV", 5) != 0 || shmctl(static_cast<int>(inode), IPC_STAT, &segment) != 0) continue;
+    if (segment.shm_cpid != getpid()) continue;
+    segment.shm_perm.mode = 0600;
+    shmctl(static_cast<int>(inode), IPC_SET, &segment);
+  }
+}
+
+}  // namespace
 
 Arena::Arena(ucp_context_h context, std::shared_ptr<void> owner, std::size_t bytes)
     : owner_(std::move(owner)), context_(context), bytes_(bytes) {
@@ -25,6 +51,7 @@ Arena::Arena(ucp_context_h context, std::shared_ptr<void> owner, std::size_t byt
     throw UcxError("ucp_mem_query", queried);
   }
   data_ = static_cast<std::byte*>(attributes.address);
+  keep_others_out();
   std::memset(data_, 0, bytes_);
 }
 

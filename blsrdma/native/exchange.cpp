@@ -174,11 +174,20 @@ Outcome Exchange::await(std::uint64_t iteration, std::uint64_t deadline_ns) {
     if (arrived) return Outcome::ok;
     Outcome outcome = find_failure(iteration);
     if (outcome == Outcome::ok) outcome = find_foreign_write(iteration);
-    if (outcome == Outcome::ok && now_ns() >= deadline_ns) outcome = fail(Outcome::timeout, config_.rank, iteration);
+    if (outcome == Outcome::ok) outcome = give_up(deadline_ns, iteration, "");
     if (outcome == Outcome::ok) continue;
     std::for_each(behind_.begin(), behind_.end(), charge);
     return outcome;
   }
+}
+
+// Whether a wait is to end although what it waits for has not come.
+Outcome Exchange::give_up(std::uint64_t deadline_ns, std::uint64_t iteration, const char* what) {
+  const std::uint64_t now = now_ns();
+  if (now >= deadline_ns) return fail(Outcome::timeout, config_.rank, iteration, what);
+  if (!config_.interrupted || now - asked_ns_ < 50'000'000) return Outcome::ok;
+  asked_ns_ = now;
+  return config_.interrupted() ? Outcome::interrupted : Outcome::ok;
 }
 
 Outcome Exchange::begin(std::uint64_t deadline_ns) {
@@ -275,7 +284,8 @@ Outcome Exchange::pull(std::uint64_t iteration, const std::vector<std::pair<std:
   Backoff backoff(config_.wait, Sleeper(arena_->data()), deadline_ns);
   const auto done = [&] { return mine.pulling.load(std::memory_order_acquire) == 0 || failure_.failed(); };
   while (!backoff.until(done, false)) {
-    if (now_ns() >= deadline_ns) return fail(Outcome::timeout, config_.rank, iteration, "large messages are being pulled");
+    const Outcome outcome = give_up(deadline_ns, iteration, "large messages are still being pulled");
+    if (outcome != Outcome::ok) return outcome;
   }
   if (mine.pulling.load(std::memory_order_acquire)) return failure(iteration);
   for (std::uint32_t q = 0; config_.checksums && q < channels_.size(); ++q) {

@@ -14,6 +14,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <string>
@@ -52,6 +53,7 @@ class Exchange {
     bool checksums = false;
     std::uint64_t keepalive_ns = kNever;
     WaitPolicy wait;
+    std::function<bool()> interrupted;  // asked a few times a second during a wait: is it to end?
   };
 
   // No peer may write before connect() has been called by this rank: the rendezvous sees to that. `context` registers
@@ -68,6 +70,7 @@ class Exchange {
   std::uint64_t next() const { return next_; }
   const Details& details() const { return details_; }
   bool failed() const { return failure_.failed(); }
+  Outcome why_failed() { return failure(next_); }  // once failed() holds
 
   // Wait until work on the next iteration may begin, and note the lead.
   Outcome begin(std::uint64_t deadline_ns);
@@ -157,6 +160,7 @@ class Exchange {
   Outcome failure(std::uint64_t iteration);
   void lost(std::uint32_t peer, Outcome outcome, std::string why);
   Outcome await(std::uint64_t iteration, std::uint64_t deadline_ns);
+  Outcome give_up(std::uint64_t deadline_ns, std::uint64_t iteration, const char* what);
   Outcome find_failure(std::uint64_t iteration);
   Outcome find_foreign_write(std::uint64_t iteration);
   Outcome check_counts(std::uint64_t items, const std::int64_t* counts);
@@ -187,6 +191,7 @@ class Exchange {
   std::uint64_t settled_ = 0;  // iterations below this are settled
   std::vector<std::uint64_t> leads_{0};
   std::atomic<bool> busy_{false};
+  std::uint64_t asked_ns_ = 0;  // when interrupted() was asked last
   Details details_;
 };
 

@@ -29,7 +29,8 @@ Outcome Exchange::make_room(std::uint64_t deadline_ns) {
   if (!free()) {
     Backoff backoff(config_.wait, Sleeper(arena_->data()), deadline_ns);
     while (!backoff.until(free, false)) {
-      if (now_ns() >= deadline_ns) return fail(Outcome::timeout, config_.rank, next_, "earlier messages have not left");
+      const Outcome outcome = give_up(deadline_ns, next_, "earlier messages have not left");
+      if (outcome != Outcome::ok) return outcome;
     }
   }
   return failure_.failed() ? failure(next_) : Outcome::ok;
@@ -44,7 +45,8 @@ Outcome Exchange::settle_released(Record& due, std::uint64_t deadline_ns) {
   const auto idle = [&] { return due.pulling.load(std::memory_order_acquire) == 0 || failure_.failed(); };
   Backoff backoff(config_.wait, Sleeper(arena_->data()), deadline_ns);
   while (!backoff.until(idle, false)) {
-    if (now_ns() >= deadline_ns) return fail(Outcome::timeout, config_.rank, due.iteration, "it is still being pulled");
+    const Outcome outcome = give_up(deadline_ns, due.iteration, "it is still being pulled");
+    if (outcome != Outcome::ok) return outcome;
   }
   if (failure_.failed()) return failure(due.iteration);
   due.large = 0;

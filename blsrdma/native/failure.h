@@ -22,6 +22,7 @@ enum class Outcome : int {
   corrupt,         // what lies in a window is no message; text: how
   tag_mismatch,    // rank declared another element type: a there, b here
   concurrent,      // another thread is in a call on this exchange
+  interrupted,     // Config::interrupted said so
 };
 
 struct Details {

@@ -20,8 +20,6 @@ using namespace blsrdma;
 
 namespace {
 
-constexpr std::uint64_t kSignalSliceNs = 50'000'000;  // how long Ctrl-C may have to wait
-
 // A reference to a Python object that C++ may drop on any thread.
 std::shared_ptr<void> keep_alive(nb::object object) {
   return {object.release().ptr(), [](void* pointer) {
@@ -35,19 +33,22 @@ std::uint64_t deadline(std::int64_t timeout_ns) {
   return timeout_ns < 0 ? kNever : deadline_after(static_cast<std::uint64_t>(timeout_ns));
 }
 
-// Run a wait without the GIL, in slices, so that signals are handled while it waits.
+// Asked from within a wait, which has released the GIL: has Ctrl-C been pressed?
+bool interrupted() {
+  const nb::gil_scoped_acquire gil;
+  return PyErr_CheckSignals() != 0;
+}
+
+// Run a wait without the GIL.
 template <typename Wait>
-int interruptible(std::int64_t timeout_ns, Wait&& wait) {
-  const std::uint64_t end = deadline(timeout_ns);
-  for (;;) {
-    Outcome outcome;
-    {
-      const nb::gil_scoped_release release;
-      outcome = wait(std::min(end, deadline_after(kSignalSliceNs)));
-    }
-    if (outcome != Outcome::timeout || now_ns() >= end) return static_cast<int>(outcome);
-    if (PyErr_CheckSignals() != 0) throw nb::python_error();
+int without_gil(std::int64_t timeout_ns, Wait&& wait) {
+  Outcome outcome;
+  {
+    const nb::gil_scoped_release release;
+    outcome = wait(deadline(timeout_ns));
   }
+  if (outcome == Outcome::interrupted) throw nb::python_error();
+  return static_cast<int>(outcome);
 }
 
 // The file of every libucp in this process, and the one that this module calls.
@@ -158,7 +159,8 @@ NB_MODULE(_native, m) {
               std::int64_t keepalive_ns, std::uint32_t spins, std::uint32_t yields) {
              const std::uint64_t keepalive = keepalive_ns < 0 ? kNever : static_cast<std::uint64_t>(keepalive_ns);
              new (self) Exchange(std::move(fabric), std::move(arena),
-                                 {geometry, rank, lag, epoch, copy_self, direct, checksums, keepalive, {spins, yields}});
+                                 {geometry, rank, lag, epoch, copy_self, direct, checksums, keepalive, {spins, yields},
+                                  interrupted});
            },
            "fabric"_a, "arena"_a, "geometry"_a, "rank"_a, "lag"_a, "epoch"_a, "copy_self"_a, "direct"_a, "checksums"_a,
            "keepalive_ns"_a, "spins"_a, "yields"_a)
@@ -176,16 +178,17 @@ NB_MODULE(_native, m) {
            "peers"_a, "pidfds"_a, "timeout_ns"_a)
       .def_prop_ro("next", &Exchange::next)
       .def_prop_ro("failed", &Exchange::failed)
+      .def("why_failed", [](Exchange& self) { return static_cast<int>(self.why_failed()); })
       .def_prop_ro("leads", &Exchange::leads)
       .def("begin",
            [](Exchange& self, std::int64_t timeout_ns) {
-             return interruptible(timeout_ns, [&](std::uint64_t until) { return self.begin(until); });
+             return without_gil(timeout_ns, [&](std::uint64_t until) { return self.begin(until); });
            },
            "timeout_ns"_a)
       .def("post",
            [](Exchange& self, std::uintptr_t data, std::uint64_t items, std::uint64_t item_bytes, const Counts& counts,
               std::uint64_t tag, std::int64_t timeout_ns) {
-             return interruptible(timeout_ns, [&](std::uint64_t until) {
+             return without_gil(timeout_ns, [&](std::uint64_t until) {
                return self.post(reinterpret_cast<const std::byte*>(data), items, item_bytes, counts.data(), tag, until);
              });
            },
@@ -193,7 +196,7 @@ NB_MODULE(_native, m) {
       .def("wait",
            [](Exchange& self, std::uint64_t iteration, std::int64_t timeout_ns) {
              if (self.ready(iteration)) return static_cast<int>(self.wait(iteration, 0));  // keeps the GIL
-             return interruptible(timeout_ns, [&](std::uint64_t until) { return self.wait(iteration, until); });
+             return without_gil(timeout_ns, [&](std::uint64_t until) { return self.wait(iteration, until); });
            },
            "iteration"_a, "timeout_ns"_a)
       .def("pull",
@@ -201,7 +204,7 @@ NB_MODULE(_native, m) {
               const std::vector<std::pair<std::uint32_t, std::uintptr_t>>& into, std::int64_t timeout_ns) {
              std::vector<std::pair<std::uint32_t, std::byte*>> memory;
              for (const auto& [source, address] : into) memory.emplace_back(source, reinterpret_cast<std::byte*>(address));
-             return interruptible(timeout_ns,
+             return without_gil(timeout_ns,
                                   [&](std::uint64_t until) { return self.pull(iteration, memory, until); });
            },
            "iteration"_a, "into"_a, "timeout_ns"_a)

@@ -63,9 +63,8 @@ class Backoff {
     }
     const std::uint64_t now = now_ns();
     if (sleeping_since_ == 0) sleeping_since_ = now;
-    // Unwoken, 100 us (really 180) for the first ten milliseconds; a fifth of a percent of a core after a second.
-    const std::uint64_t slept = now - sleeping_since_;
-    std::uint64_t nap = woken ? 50'000'000 : slept < 10'000'000 ? 100'000 : slept < 1'000'000'000 ? 1'000'000 : 5'000'000;
+    // Unwoken, naps grow with the wait: about a hundredth of it, from 100 us (really 180) to 10 ms.
+    std::uint64_t nap = woken ? 50'000'000 : std::clamp<std::uint64_t>((now - sleeping_since_) / 100, 100'000, 10'000'000);
     if (deadline_ > now) nap = std::min(nap, deadline_ - now);
     sleeper_.sleep(nap, done);
     return done();
