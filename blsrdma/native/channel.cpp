@@ -26,7 +26,11 @@ Channel::Channel(Fabric& fabric, Arena& local, const Geometry& geometry, std::ui
   ucs_status_t status = ucp_ep_create(fabric_.worker(), &params, &endpoint_);
   if (status != UCS_OK) throw UcxError("cannot create an endpoint to " + whom, status);
   status = ucp_ep_rkey_unpack(endpoint_, peer.rkey.data(), &rkey_);
-  if (status != UCS_OK) throw UcxError("cannot reach the windows of " + whom, status);
+  if (status != UCS_OK) {
+    disconnect();  // else UCX would report the endpoint's end to a channel that is no more
+    if (UCS_PTR_IS_PTR(closing_)) ucp_request_free(closing_);
+    throw UcxError("cannot reach the windows of " + whom, status);
+  }
   if (!allow_direct) return;
   void* mapped = nullptr;
   if (ucp_rkey_ptr(rkey_, remote_, &mapped) != UCS_OK) return;
@@ -95,7 +99,7 @@ void Channel::acknowledge(std::uint64_t n) {
 void Channel::farewell(Farewell record) {
   record.check = record.digest(epoch_);
   if (mapped_) {
-    std::memcpy(mapped_ + geometry_.control(self_) + kFarewellOffset, &record, sizeof record);
+    store_words(mapped_ + geometry_.control(self_) + kFarewellOffset, record);
     parted_.store(true);
     return;
   }

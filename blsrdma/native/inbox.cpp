@@ -14,10 +14,8 @@ bool Inbox::arrived(std::uint64_t iteration) {
 }
 
 std::optional<Farewell> Inbox::farewell(std::uint32_t source) const {
-  Farewell copy;
-  std::memcpy(&copy, base_ + geometry_.control(source) + kFarewellOffset, sizeof copy);
+  const auto copy = load_words<Farewell>(base_ + geometry_.control(source) + kFarewellOffset);
   if (!copy.intact(epoch_)) return std::nullopt;
-  std::atomic_thread_fence(std::memory_order_acquire);  // counters are read after it
   return copy;
 }
 

@@ -80,6 +80,26 @@ inline std::uint64_t poll(Counter* at, std::uint64_t epoch, std::uint64_t seen) 
   return check == (~value ^ epoch) && value > seen ? value : seen;
 }
 
+// A record that may be read while it is written goes word by word; its check word tells whether all of them belong
+// together.
+template <typename Record>
+void store_words(void* at, const Record& record) {
+  std::uint64_t words[sizeof(Record) / 8];
+  std::memcpy(words, &record, sizeof record);
+  auto* to = static_cast<std::uint64_t*>(at);
+  for (const std::uint64_t word : words) std::atomic_ref(*to++).store(word, std::memory_order_release);
+}
+
+template <typename Record>
+Record load_words(void* at) {
+  std::uint64_t words[sizeof(Record) / 8];
+  auto* from = static_cast<std::uint64_t*>(at);
+  for (std::uint64_t& word : words) word = std::atomic_ref(*from++).load(std::memory_order_acquire);
+  Record record;
+  std::memcpy(&record, words, sizeof record);
+  return record;
+}
+
 struct alignas(kLine) Header {
   std::uint64_t iteration;
   std::uint64_t length;    // bytes of the message
