@@ -2,9 +2,9 @@
 
 It is a Python subclass of torch's ProcessGroup. Mind, when changing it:
 
-- Where a Python group does not override a method, torch's trampoline (PyProcessGroup.hpp) calls the C++ one *with the GIL
-  held*; gloo's worker thread may want the GIL, for a tensor's end, while it holds the lock that this call waits for. So
-  everything is overridden, and handed to an ordinary C++ group with the same backends, whose methods release the GIL.
+- Where a Python group does not override a method, torch's trampoline (PyProcessGroup.hpp) calls the C++ one with the
+  GIL held; gloo's worker thread may want the GIL, to drop a tensor, while it holds the lock that this call waits for.
+  So everything is overridden, and handed to a plain C++ group with the same backends, whose methods release the GIL.
 - all_to_all_single (torch >= 2.13) and alltoall_base are one function here; super().all_to_all_single would call
   alltoall_base, that is, itself.
 - The base's split_group and merge_remote_group crash on a Python group. An attribute `new_group` would be taken for
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
     from blsrdma.exchange import Exchange
 
-_RecordFunctionFast: Any = torch._C._profiler._RecordFunctionFast  # type: ignore[attr-defined]
+_RecordFunctionFast: Any = torch._C._profiler._RecordFunctionFast
 _UNSET = timedelta(0)
 
 
@@ -57,7 +57,7 @@ class BlsProcessGroup(ProcessGroup):
         name: str = "",
         global_ranks: list[int] | None = None,
     ) -> None:
-        super().__init__(rank, ranks)  # type: ignore[call-arg, arg-type]  # the base that can be subclassed has no store
+        super().__init__(rank, ranks)  # type: ignore[call-arg]  # with a store it cannot be subclassed
         self._timeout = timeout
         self._ranks = ranks
         rendezvous = Rendezvous(store, "group", rank, ranks, timeout.total_seconds())
@@ -85,17 +85,17 @@ class BlsProcessGroup(ProcessGroup):
 
     # --- all_to_all
 
-    def all_to_all_single(  # type: ignore[override]
+    def all_to_all_single(
         self,
         output: Tensor,
-        input: Tensor,
+        input: Tensor,  # noqa: A002 (torch's name)
         output_split_sizes: Sequence[int] = (),
         input_split_sizes: Sequence[int] = (),
         opts: Any = None,
     ) -> dist.Work:
         with _RecordFunctionFast("bls:all_to_all"):
             if type(input) is not Tensor or type(output) is not Tensor:
-                output, input = _plain(output), _plain(input)
+                output, input = _plain(output), _plain(input)  # noqa: A001
             if not (input.is_cpu and output.is_cpu):
                 return self._rest.alltoall_base(
                     output, input, list(output_split_sizes), list(input_split_sizes), *_given(opts)
@@ -107,7 +107,7 @@ class BlsProcessGroup(ProcessGroup):
 
     alltoall_base = all_to_all_single  # type: ignore[assignment]  # its name before torch 2.13, and in C++
 
-    def alltoall(self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], opts: Any = None) -> dist.Work:  # type: ignore[override]
+    def alltoall(self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], opts: Any = None) -> dist.Work:
         with _RecordFunctionFast("bls:all_to_all"):
             outputs, inputs = [_plain(t) for t in outputs], [_plain(t) for t in inputs]
             if len(outputs) != self._ranks or len(inputs) != self._ranks:
@@ -150,16 +150,16 @@ class BlsProcessGroup(ProcessGroup):
         self._timeout = timeout
         self._lane.timeout = timeout.total_seconds()
         for device in self._device_types:
-            self._get_backend(device).set_timeout(timeout)  # type: ignore[attr-defined]
+            self._get_backend(device).set_timeout(timeout)
 
-    def split_group(  # type: ignore[override]
+    def split_group(
         self,
         new_ranks: Sequence[int],
         timeout: timedelta | None = None,
         opts: Any = None,
         group_name: str | None = None,
         group_desc: str | None = None,
-        device_types: Any = None,
+        device_types: Any = None,  # noqa: ARG002
     ) -> BlsProcessGroup | None:
         """A group of some ranks of this one, numbered as they are listed; None on the others."""
         ranks = list(new_ranks)
@@ -174,7 +174,7 @@ class BlsProcessGroup(ProcessGroup):
         group._set_group_desc(group_desc or f"{self.group_desc}:split")
         return group
 
-    def merge_remote_group(self, *_: Any, **__: Any) -> BlsProcessGroup:  # type: ignore[override]
+    def merge_remote_group(self, *_: Any, **__: Any) -> BlsProcessGroup:
         raise NotImplementedError(f"groups of the backend {NAME!r} cannot be merged")
 
     def shutdown(self) -> None:
@@ -213,9 +213,9 @@ class BlsProcessGroup(ProcessGroup):
 
 _REST = (
     "_allgather_base", "_reduce_scatter_base", "all_gather_single", "all_gather_single_coalesced", "allgather",
-    "allgather_coalesced", "allgather_into_tensor_coalesced", "allreduce", "allreduce_coalesced", "barrier", "broadcast",
-    "gather", "monitored_barrier", "recv", "recv_anysource", "reduce", "reduce_scatter", "reduce_scatter_single",
-    "reduce_scatter_single_coalesced", "reduce_scatter_tensor_coalesced", "scatter", "send",
+    "allgather_coalesced", "allgather_into_tensor_coalesced", "allreduce", "allreduce_coalesced", "barrier",
+    "broadcast", "gather", "monitored_barrier", "recv", "recv_anysource", "reduce", "reduce_scatter",
+    "reduce_scatter_single", "reduce_scatter_single_coalesced", "reduce_scatter_tensor_coalesced", "scatter", "send",
 )  # fmt: skip
 
 

@@ -121,7 +121,8 @@ class Lane:
             try:
                 while not operation.received and self._flying and self._flying[0].handle.ready():
                     self._receive_oldest(self._deadline(None))
-                operation.done = operation.done or (operation.received and operation.handle.sent())
+                if operation.received and operation.handle.sent():
+                    operation.done = True
             except PeerTimeout:
                 return False
             except BlsrdmaError as error:
@@ -166,16 +167,21 @@ class Lane:
     # --- inside, with the lock held
 
     def _open(self) -> Exchange:
-        if self._ended is not None:
-            raise self._ended
+        self._refuse_if_ended()
         exchange = Exchange(
             self._store, self._rank, self._ranks, name="all_to_all", timeout=self.timeout, **self._settings
         )
-        if self._ended is not None:  # meanwhile
-            exchange.close(self._ended)
-            raise self._ended
+        try:
+            self._refuse_if_ended()  # meanwhile
+        except BaseException as error:
+            exchange.close(error)
+            raise
         self.exchange = exchange
         return exchange
+
+    def _refuse_if_ended(self) -> None:
+        if self._ended is not None:
+            raise self._ended
 
     def _post(
         self,
@@ -186,8 +192,7 @@ class Lane:
         deadline: float,
     ) -> Operation:
         exchange = self.exchange or self._open()
-        if self._ended is not None:
-            raise self._ended
+        self._refuse_if_ended()
         while len(self._flying) > exchange.settings.lag:
             self._receive_oldest(deadline)
         handle: Handle | None = None
@@ -225,7 +230,7 @@ class Lane:
             operation = Operation(handle, outputs, expected)
             self._flying.append(operation)
             return operation
-        except BlsrdmaError:
+        except BaseException:
             handle.release()
             raise
         handle.release()
@@ -273,8 +278,7 @@ class Lane:
         return max(0.0, min(_SLICE_S, deadline - time.monotonic()))
 
     def _over(self, deadline: float) -> bool:
-        if self._ended is not None:
-            raise self._ended
+        self._refuse_if_ended()
         return time.monotonic() >= deadline
 
     # --- what nobody waits for

@@ -12,7 +12,6 @@ from blsrdma.errors import CountsError
 from blsrdma.handle import Handle
 
 
-
 class Operation:
     """One all_to_all, from its post until its outputs are filled and its input may be overwritten."""
 

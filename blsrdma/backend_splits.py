@@ -14,26 +14,26 @@ if TYPE_CHECKING:
 
 
 def plan(
-    output: Tensor, input: Tensor, output_splits: Sequence[int], input_splits: Sequence[int], ranks: int
+    output: Tensor, source: Tensor, output_splits: Sequence[int], input_splits: Sequence[int], ranks: int
 ) -> tuple[Tensor, list[int] | None, Tensor, list[int]]:
     """(what to post, counts or None for equal parts, where to receive, expected counts); counts in the same items.
 
     Items are rows where rows of both tensors have one shape, else elements. Raises CountsError where split sizes do not
     fit their tensor.
     """
-    if input.dim() == 1 == output.dim() or _same_rows(input, output):
-        _check(input.shape[0], input_splits, ranks, "input")
-        return input, list(input_splits) or None, output, _sizes(output.shape[0], output_splits, ranks, "output")
-    if not input.dim() or not output.dim():
+    if source.dim() == 1 == output.dim() or _same_rows(source, output):
+        _check(source.shape[0], input_splits, ranks, "input")
+        return source, list(input_splits) or None, output, _sizes(output.shape[0], output_splits, ranks, "output")
+    if not source.dim() or not output.dim():
         raise CountsError("all_to_all_single needs tensors with a dimension to split, not scalars")
-    counts = _elements(input, _sizes(input.shape[0], input_splits, ranks, "input"))
+    counts = _elements(source, _sizes(source.shape[0], input_splits, ranks, "input"))
     expected = _elements(output, _sizes(output.shape[0], output_splits, ranks, "output"))
-    return input.reshape(-1), counts, output, expected
+    return source.reshape(-1), counts, output, expected
 
 
-def _same_rows(input: Tensor, output: Tensor) -> bool:
-    rows = input.shape[1:]  # without any element they would say nothing of their number
-    return input.dim() > 0 and rows == output.shape[1:] and 0 not in rows
+def _same_rows(source: Tensor, output: Tensor) -> bool:
+    rows = source.shape[1:]  # without any element they would say nothing of their number
+    return source.dim() > 0 and rows == output.shape[1:] and 0 not in rows
 
 
 def _check(rows: int, splits: Sequence[int], ranks: int, which: str) -> None:

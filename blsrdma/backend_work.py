@@ -10,9 +10,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from blsrdma.backend_lane import Lane, Operation
+    from blsrdma.backend_lane import Lane
+    from blsrdma.backend_operation import Operation
 
-_RecordFunctionFast: Any = torch._C._profiler._RecordFunctionFast  # type: ignore[attr-defined]
+_RecordFunctionFast: Any = torch._C._profiler._RecordFunctionFast
 _NOT_GIVEN = timedelta(0)
 
 
@@ -50,7 +51,7 @@ class AllToAllWork(dist.Work):
         self.wait()
         return self._operation.tensors()
 
-    def get_future(self) -> torch.futures.Future[list[Tensor]]:  # type: ignore[override]
+    def get_future(self) -> torch.futures.Future[list[Tensor]]:
         return self._lane.future(self._operation)
 
     def source_rank(self) -> int:
@@ -64,7 +65,7 @@ class Done(dist.Work):
         super().__init__()
         self._tensors = tensors
 
-    def wait(self, timeout: timedelta = _NOT_GIVEN) -> bool:
+    def wait(self, timeout: timedelta = _NOT_GIVEN) -> bool:  # noqa: ARG002
         return True
 
     def synchronize(self) -> None: ...
@@ -83,7 +84,7 @@ class Done(dist.Work):
     def result(self) -> list[Tensor]:
         return self._tensors
 
-    def get_future(self) -> torch.futures.Future[list[Tensor]]:  # type: ignore[override]
+    def get_future(self) -> torch.futures.Future[list[Tensor]]:
         future: torch.futures.Future[list[Tensor]] = torch.futures.Future()
         future.set_result(self._tensors)
         return future

@@ -110,6 +110,7 @@ class Exchange:
         # What this rank refuses it reports, so that the others, who may be waiting for it already, end too.
         if store is None:
             store = store_from_environment(rank, world_size, self.settings.timeout)
+        self._store = store  # rank 0 may host it: it must not end while others still ask it
         rendezvous = Rendezvous(store, name, rank, world_size, self.settings.timeout)
         try:
             if refusal is not None:
