@@ -75,7 +75,7 @@ def _permitted() -> str:
 
 
 NOT_PERMITTED = _permitted()
-pytestmark = pytest.mark.skipif(bool(NOT_PERMITTED), reason=NOT_PERMITTED or "never")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(NOT_PERMITTED), reason=NOT_PERMITTED or "never")]
 
 
 @contextlib.contextmanager
@@ -136,7 +136,9 @@ def ranks_on(names: list[str], mode: str, folder: Path):
 def _wait_for(folder: Path, pattern: str, count: int, seconds: float) -> None:
     limit = time.monotonic() + seconds
     while len(list(folder.glob(pattern))) < count:
-        assert time.monotonic() < limit, f"only {sorted(p.name for p in folder.iterdir())} after {seconds} s"
+        said = [file.read_text() for file in folder.glob("said-?")]
+        assert time.monotonic() < limit, f"only {sorted(p.name for p in folder.iterdir())} after {seconds} s: {said}"
+        assert pattern.startswith("said") or not said, f"ended before they all ran: {said}"
         time.sleep(0.05)
 
 
