@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dlrm.errors import Disagreement
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -45,3 +47,23 @@ def barrier(exchange: Exchange) -> None:
     """Return when every rank has called it. Collective."""
     with exchange.post(np.empty(0, np.uint8), [0] * exchange.world_size):
         pass
+
+
+def agree(exchange: Exchange, facts: dict[str, str]) -> None:
+    """Raise Disagreement, on every rank, where ranks do not bring the same facts. Collective."""
+    message = np.frombuffer(json.dumps(facts).encode(), np.uint8)
+    ranks = exchange.world_size
+    with exchange.post(np.tile(message, ranks), [len(message)] * ranks) as received:
+        all_facts = [json.loads(part.tobytes()) for part in received]
+    for rank, other in enumerate(all_facts):
+        different = [name for name in facts if other.get(name) != all_facts[0][name]]
+        if different:
+            name = different[0]
+            raise Disagreement(f"{name}: rank {rank} has {other.get(name)}, rank 0 has {all_facts[0][name]}")
+
+
+def largest(exchange: Exchange, values: list[int]) -> list[int]:
+    """The largest over all ranks of each value, on every rank. Collective; as many values everywhere."""
+    message = np.array(values, np.int64)
+    with exchange.post(np.tile(message, exchange.world_size)) as received:
+        return [int(value) for value in np.max([np.asarray(part) for part in received], axis=0)]

@@ -10,13 +10,16 @@ so it is 64-byte aligned. Then the bits depend neither on the number of ranks no
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from dlrm.placement import Run
+
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from dlrm.model import Dense
 
@@ -63,23 +66,40 @@ class DenseSlice:
 
     def bottom(self, dense: Tensor) -> None:
         """Evaluate the bottom MLP on this slice of the batch's dense features [B, D]."""
-        mine = dense[self._samples.start : self._samples.stop]
+        self.bottom_of(dense[self._samples.start : self._samples.stop])
+
+    def bottom_of(self, mine: Tensor) -> None:
+        """Evaluate the bottom MLP on the dense features of the slice itself, [n, D]."""
         for block in self._blocks:
             rows = torch.zeros(block.size, mine.shape[1])
             rows[block.rows] = mine[block.lo : block.hi]
             self._bottoms.append(self._model.bottom(rows))
 
-    def fill(self, parts: Sequence[Tensor]) -> None:
-        """Copy the pooled vectors, a tensor [n, tables of it, dim] per owner in table order; then they may go."""
+    def fill(
+        self, parts: Sequence[Tensor], runs: Sequence[Run] | None = None, means: Mapping[int, Tensor] | None = None
+    ) -> None:
+        """Copy the pooled vectors, a tensor [n, tables of it, dim] per owner; then they may go.
+
+        `runs` say where they belong (see `Placement.runs`); None: they are in table order. `means`: lengths [n, 1] by
+        which tables are divided once all parts of them are here.
+        """
         shape = self._model.shape
+        if runs is None:
+            starts = accumulate((part.shape[1] for part in parts), initial=0)
+            runs = [Run(number, 0, table, part.shape[1]) for number, (table, part) in enumerate(zip(starts, parts))]  # noqa: B905 - one start too many
         for block, bottom in zip(self._blocks, self._bottoms, strict=True):
             padded = block.hi - block.lo < block.size
             vectors = (torch.zeros if padded else torch.empty)(block.size, 1 + shape.num_tables, shape.dim)
             vectors[:, 0] = bottom
-            table = 1
-            for part in parts:
-                vectors[block.rows, table : table + part.shape[1]] = part[block.lo : block.hi]
-                table += part.shape[1]
+            for run in runs:
+                to = vectors[block.rows, 1 + run.table : 1 + run.table + run.count]
+                piece = parts[run.part][block.lo : block.hi, run.position : run.position + run.count]
+                if run.add:
+                    to += piece
+                else:
+                    to[:] = piece
+            for table, lengths in (means or {}).items():
+                vectors[block.rows, 1 + table] /= lengths[block.lo : block.hi]
             self._vectors.append(vectors)
 
     def predict(self) -> tuple[Tensor, Tensor]:

@@ -1,9 +1,9 @@
-"""The inference loop of one rank.
+"""The inference loop of one rank, where every rank has the whole batch (for --input sharded see `queries`).
 
 In each iteration: complete what the lag bound demands, look the own tables up for the whole batch, post, evaluate
 the bottom MLP meanwhile, complete whatever else has arrived, in order; completing is interaction, top MLP and
 sigmoid. The bound is waited for *before* the work of an iteration: a loop that worked first would run with a lag of
-one more.
+one more. In an open loop the rank also completes what is ready while it waits for the next batch to arrive.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from dlrm import bags
 from dlrm.dense import DenseSlice
+from dlrm.tables import lengths
 from dlrm.timeline import Stopwatch, Timeline, clock
 
 if TYPE_CHECKING:
@@ -27,6 +29,9 @@ if TYPE_CHECKING:
     from dlrm.model import Dense
     from dlrm.placement import Placement
     from dlrm.routes import AlltoallvRoute, Flight
+    from dlrm.tables import Tables
+
+NAP_SECONDS = 20e-6  # between looks at what may be ready, where nothing is to be done
 
 
 @dataclass(frozen=True)
@@ -37,13 +42,29 @@ class Predictions:
     logits: Tensor  # float32 [n], before the sigmoid
     probabilities: Tensor  # float32 [n]
     pooled: Tensor | None  # float32 [n, T, dim] as received, where they are kept
+    labels: Tensor | None = None  # float32 [n], where the batch has them
 
 
 @dataclass(frozen=True)
 class _Pending:
     flight: Flight
     dense: DenseSlice
-    first: int
+    mine: Batch
+
+
+class Finish:
+    """The last steps of every batch of a rank: its replicated tables, assembly, interaction and top MLP."""
+
+    def __init__(self, placement: Placement, replicated: Tables | None, mean: bool) -> None:
+        self._runs = placement.runs
+        self._replicated = replicated
+        self._divided = placement.divided if mean else ()
+
+    def fill(self, dense: DenseSlice, parts: list[Tensor], mine: Batch) -> None:
+        """Assemble the pooled vectors of the samples `mine` from one part per owner, [n, tables of it, dim]."""
+        if self._replicated is not None:
+            parts = [*parts, self._replicated.lookup_all(mine)]
+        dense.fill(parts, self._runs, {table: lengths(mine, table) for table in self._divided})
 
 
 class Engine:
@@ -56,45 +77,70 @@ class Engine:
         route: AlltoallvRoute,
         dense: Dense,
         *,
-        block: int = 0,
         delay: Delay,
+        block: int = 0,
         keep_pooled: bool = False,
+        replicated: Tables | None = None,
+        arrivals: Iterator[float] | None = None,
     ) -> None:
         self._rank, self._placement = rank, placement
         self._route, self._dense = route, dense
         self._block, self._delay, self._keep_pooled = block, delay, keep_pooled
+        self._replicated = replicated
+        self._finish = Finish(placement, replicated, route.tables.pooling == "mean")
+        self._arrivals = arrivals
         self._pending: deque[_Pending] = deque()
         self.timeline = Timeline()
 
     def run(self, batches: Iterable[Batch]) -> Iterator[Predictions]:
         """Yield the predictions of every batch, in order, each as soon as it is ready. To be used once.
 
-        Every rank must bring the same batches. Whatever the exchange raises passes through.
+        Every rank must bring the same batches. Raises BadIndex before anything of a bad batch is sent; whatever the
+        exchange raises passes through.
         """
         timeline, route, pending = self.timeline, self._route, self._pending
+        checked = {*route.tables.tables, *(self._replicated.tables if self._replicated else ())}
         with torch.inference_mode():
             timeline.start = clock()
             self._watch = watch = Stopwatch()
-            for batch in batches:
+            source = iter(batches)
+            while True:
+                with timeline.phase("read"):
+                    batch = next(source, None)
+                if batch is None:
+                    break
                 if timeline.begin:
                     timeline.after.append(watch.lap())
                 else:
                     watch.lap()
                 while pending and pending[0].flight.iteration < route.iteration - route.lag:
                     yield self._complete()
-                with watch.away():
+                arrived = 0
+                if self._arrivals is not None:
+                    arrived = timeline.start + int(next(self._arrivals) * 1e9)
+                    while clock() < arrived:
+                        if pending and self._ready():
+                            yield self._complete()
+                        else:
+                            with timeline.phase("wait"), watch.away():
+                                time.sleep(NAP_SECONDS)
+                with timeline.phase("wait"), watch.away():
                     iteration = route.begin()
                 timeline.begin.append(clock())
+                timeline.arrived.append(arrived or timeline.begin[-1])
                 self._stall(iteration)
-                pooled = route.lookup(batch)
+                with timeline.phase("lookup"):
+                    bags.check(batch, route.tables.table_rows, checked)
+                    pooled = route.lookup(batch)
                 timeline.before.append(watch.lap())
-                with watch.away():
+                with timeline.phase("post"), watch.away():
                     flight = route.post(pooled)
                 timeline.posted.append(clock())
                 samples = self._placement.samples(batch.size)[self._rank]
                 dense = DenseSlice(self._dense, samples, self._block)
-                dense.bottom(batch.dense)
-                pending.append(_Pending(flight, dense, batch.first + samples.start))
+                with timeline.phase("dense"):
+                    dense.bottom(batch.dense)
+                pending.append(_Pending(flight, dense, batch.slice(samples.start, samples.stop)))
                 while pending and self._ready():
                     yield self._complete()
             if timeline.begin:
@@ -105,22 +151,24 @@ class Engine:
             timeline.end = clock()
 
     def _ready(self) -> bool:
-        with self._watch.away():
+        with self.timeline.phase("wait"), self._watch.away():
             return self._pending[0].flight.ready()
 
     def _complete(self) -> Predictions:
         """Finish the oldest pending iteration, waiting for its vectors where they are not here yet."""
         pending = self._pending.popleft()
-        with self._watch.away():
+        with self.timeline.phase("wait"), self._watch.away():
             parts = pending.flight.wait()
-        pending.dense.fill(parts)
+        with self.timeline.phase("dense"):
+            self._finish.fill(pending.dense, parts, pending.mine)
         del parts
         with self._watch.away():
             pending.flight.release()
-        logits, probabilities = pending.dense.predict()
+        with self.timeline.phase("dense"):
+            logits, probabilities = pending.dense.predict()
         self.timeline.emitted.append(clock())
         pooled = pending.dense.pooled() if self._keep_pooled else None
-        return Predictions(pending.first, logits, probabilities, pooled)
+        return Predictions(pending.mine.first, logits, probabilities, pooled, pending.mine.labels)
 
     def _stall(self, iteration: int) -> None:
         planned = self._delay.seconds(self._rank, iteration, self._placement.ranks)

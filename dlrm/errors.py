@@ -53,3 +53,21 @@ class RankFailed(DlrmError):
 
 class NotExact(DlrmError):
     """--verify found a bit that differs from the single-process computation."""
+
+
+class BadIndex(DlrmError, ValueError):
+    """A bag that cannot be looked up; raised before anything of its batch is sent.
+
+    Attributes: `table`; `position` in its indices or offsets, `value` there, or None where the whole is meant; `size`,
+    the table's rows.
+    """
+
+    def __init__(
+        self, message: str, *, table: int, size: int, position: int | None = None, value: int | None = None
+    ) -> None:
+        self.table, self.position, self.value, self.size = table, position, value, size
+        super().__init__(message)
+
+
+class Disagreement(DlrmError):
+    """Ranks of one run were started with different models, data or kernels; names a rank and what differs."""

@@ -1,14 +1,16 @@
-"""The command line: every flag with its help, and the reference's flags that are refused."""
+"""The command line: every flag with its help (those of the reference that are not served: see `refused`)."""
 
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
-from dlrm.data import DEFAULT_MAX_IND_RANGE
+from dlrm.data import DATA_SETS, DEFAULT_MAX_IND_RANGE
+from dlrm.refused import REFUSED, Refuse
+from dlrm.values import at_least, positive, truth, widths
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
 _DESCRIPTION = """\
 Recommendation model (DLRM) inference over several ranks. Every rank owns some of the embedding tables; in each
@@ -22,6 +24,10 @@ examples:
   python -m dlrm --ranks 4 --lag 4 --delay exp:p=0.1,mean=10ms --json out.json
   torchrun --nproc-per-node 4 -m dlrm --lag 3           the same with ranks started by torchrun
   python -m dlrm --ranks 2 --raw-data-file train.txt --num-batches 100 --predictions clicks.csv
+  python -m dlrm --ranks 2 --raw-data-file rows.tsv --load-model model.pt --arch-sparse-feature-size 8 \\
+                 --arch-mlp-bot 13-64-8 --arch-mlp-top 64-1 --first-sample 6400      a model of `python -m dlrm.fit`
+  python -m dlrm --ranks 4 --max-ind-range -1 --placement greedy --replicate-below 1000 --plan
+  python -m dlrm --ranks 2 --input sharded --arrival-rate 200 --num-batches 1000 --lag 2
   python -m dlrm --arch-embedding-size 1000-1000-50 --arch-mlp-bot 4-16-8 --arch-mlp-top 32-1 \\
                  --arch-sparse-feature-size 8 --num-indices-per-lookup 4
 
@@ -29,47 +35,6 @@ Under --dense-block 0 the shapes of the dense work, and so the last bits of the 
 ranks; give --dense-block 32 to have the same bits on any number of ranks. BLSRDMA_* and UCX_* variables choose and
 tune the transport.
 """
-
-# Flags of the reference that are not served, and what to do instead.
-_TRAINING = "this program only does inference; leave it out"
-_REFUSED: dict[str, str] = {
-    **dict.fromkeys(
-        ("--md-flag", "--md-threshold", "--md-temperature", "--md-round-dims"), "MD embeddings: use plain ones"
-    ),
-    **dict.fromkeys(
-        ("--qr-flag", "--qr-threshold", "--qr-operation", "--qr-collisions"), "QR embeddings: use plain ones"
-    ),
-    **dict.fromkeys(("--weighted-pooling",), "pooling is a plain sum; leave it out"),
-    **dict.fromkeys(("--save-onnx", "--plot-compute-graph"), "no graph is exported; leave it out"),
-    **dict.fromkeys(
-        (
-            "--nepochs",
-            "--learning-rate",
-            "--optimizer",
-            "--loss-function",
-            "--loss-weights",
-            "--round-targets",
-            "--save-model",
-            "--test-freq",
-            "--lr-num-warmup-steps",
-            "--lr-decay-start-step",
-            "--lr-num-decay-steps",
-            "--sync-dense-params",
-            "--mlperf-logging",
-            "--mlperf-acc-threshold",
-            "--mlperf-auc-threshold",
-        ),
-        _TRAINING,
-    ),
-    **dict.fromkeys(("--use-gpu", "--use-fbgemm-gpu"), "the model runs on the CPU; leave it out"),
-    **dict.fromkeys(("--dist-backend", "--local_rank"), "ranks always talk through blsrdma; leave it out"),
-    **dict.fromkeys(("--quantize-mlp-with-bit", "--quantize-emb-with-bit"), "not served yet: parameters are fp32"),
-    **dict.fromkeys(
-        ("--processed-data-file", "--memory-map", "--mlperf-bin-loader"), "not served yet: use --raw-data-file"
-    ),
-    **dict.fromkeys(("--data-set", "--data-trace-file", "--data-sub-sample-rate"), "not served: see --data-generation"),
-    **dict.fromkeys(("--loss-threshold", "--test-mini-batch-size", "--print-time"), "not served yet; leave it out"),
-}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -83,25 +48,27 @@ def parser() -> argparse.ArgumentParser:
     )
     _model_flags(whole.add_argument_group("model (flags of the reference)").add_argument)
     _data_flags(whole.add_argument_group("data (flags of the reference)").add_argument)
+    _table_flags(whole.add_argument_group("tables and where they are").add_argument)
     _run_flags(whole.add_argument_group("run").add_argument)
+    _serving_flags(whole.add_argument_group("serving").add_argument)
     _output_flags(whole.add_argument_group("output").add_argument)
-    for flag, reason in _REFUSED.items():
-        whole.add_argument(flag, action=_Refuse, reason=reason)
+    for flag, reason in REFUSED.items():
+        whole.add_argument(flag, action=Refuse, reason=reason)
     return whole
 
 
 def _model_flags(add: Callable[..., Any]) -> None:
-    add("--arch-sparse-feature-size", type=_at_least(1), default=16, metavar="DIM", help="width of an embedding (16)")
-    add("--arch-embedding-size", type=_widths, metavar="A-B-C", help="rows of each table (see --max-ind-range)")
+    add("--arch-sparse-feature-size", type=at_least(1), default=16, metavar="DIM", help="width of an embedding (16)")
+    add("--arch-embedding-size", type=widths, metavar="A-B-C", help="rows of each table (see --max-ind-range)")
     add(
         "--arch-mlp-bot",
-        type=_widths,
+        type=widths,
         metavar="A-B-C",
         help="widths of the bottom MLP, from the dense features to DIM (13-512-256-64-DIM)",
     )
     add(
         "--arch-mlp-top",
-        type=_widths,
+        type=widths,
         default=(512, 256, 1),
         metavar="A-B-1",
         help="widths of the top MLP after its input, whose width follows from the interaction (512-256-1)",
@@ -115,15 +82,23 @@ def _model_flags(add: Callable[..., Any]) -> None:
     add("--arch-interaction-itself", action="store_true", help="dot: the product of each vector with itself, too")
     add(
         "--load-model",
-        metavar="FILE",
-        help="a checkpoint of the reference, single process (weights drawn from the seed)",
+        metavar="PATH",
+        help="a checkpoint: the reference's file; those of its distributed runs, in rank order, a.pt,b.pt or a folder; "
+        "safetensors; a folder written by `python -m dlrm.convert` (weights drawn from the seed)",
     )
     add(
         "--numpy-rand-seed",
-        type=_at_least(0),
+        type=at_least(0),
         default=123,
         metavar="SEED",
         help="seed of weights and of generated data (123)",
+    )
+    add(
+        "--loss-threshold",
+        type=float,
+        default=0.0,
+        metavar="T",
+        help="keep probabilities between T and 1 - T; 0: do not (0)",
     )
     add("--inference-only", action="store_true", help="accepted; there is nothing else")
 
@@ -131,15 +106,30 @@ def _model_flags(add: Callable[..., Any]) -> None:
 def _data_flags(add: Callable[..., Any]) -> None:
     add(
         "--data-generation",
-        choices=("sample", "random", "dataset"),
-        help="sample: generated, Criteo-shaped, 8192 samples with labels, over again where more are wanted; random: "
-        "uniform, as in the reference; dataset: --raw-data-file. Chosen by the other flags where it is not given: "
-        "dataset with a file, random with --arch-embedding-size or --num-indices-per-lookup, else sample",
+        choices=("sample", "random", "synthetic", "dataset"),
+        help="sample: generated, Criteo-shaped, 8192 samples with labels, over again where more are wanted; random: by "
+        "--rand-data-dist; synthetic: by the stack distances of --data-trace-file; dataset: --raw-data-file or "
+        "--processed-data-file. Chosen by the other flags where it is not given",
     )
-    add("--raw-data-file", default="", metavar="FILE", help="Criteo format, plain or gzip")
+    add(
+        "--data-set",
+        choices=DATA_SETS,
+        default="auto",
+        help="what a file holds: kaggle, terabyte: Criteo's TSV (plain or gzip), the reference's npz, MLPerf's binary "
+        "or npy files; aliccp: CSV, raw or multi-hot text; trace: one row number a line. auto: by its name (auto)",
+    )
+    add("--raw-data-file", default="", metavar="PATH", help="a file, or folder, of samples; see --data-set")
+    add("--processed-data-file", default="", metavar="PATH", help="the same; the reference's flag for npz and binary")
+    add(
+        "--data-trace-file",
+        default="",
+        metavar="FILE",
+        help="synthetic: stack distances as the reference writes them, a file for each table where the name has a j "
+        "(dist_emb_j.log)",
+    )
     add(
         "--max-ind-range",
-        type=_at_least(-1),
+        type=at_least(-1),
         default=DEFAULT_MAX_IND_RANGE,
         metavar="N",
         help="category ids of a file are taken modulo N, and tables have Criteo Kaggle's rows but no more than N; "
@@ -147,47 +137,96 @@ def _data_flags(add: Callable[..., Any]) -> None:
     )
     add(
         "--mini-batch-size",
-        type=_at_least(1),
+        type=at_least(1),
         default=128,
         metavar="B",
         help="samples in a batch, over all ranks (128)",
     )
-    add("--num-batches", type=_at_least(0), default=0, metavar="N", help="batches; 0: all there are (0)")
+    add("--test-mini-batch-size", type=at_least(-1), default=-1, metavar="B", help="the same where it is above 0 (-1)")
+    add("--num-batches", type=at_least(0), default=0, metavar="N", help="batches; 0: all there are (0)")
+    add("--first-sample", type=at_least(0), default=0, metavar="N", help="leave the first N samples out (0)")
     add(
         "--num-indices-per-lookup",
-        type=_at_least(1),
+        type=widths,
         metavar="N",
-        help="random data: rows in a bag, at most (10)",
+        help="generated data: rows in a bag, at most; N-N-N: of each table; mlperf: MLPerf v2's 26 (10)",
     )
     add(
         "--num-indices-per-lookup-fixed",
-        type=_truth,
+        type=truth,
         nargs="?",
         const=True,
         default=False,
         metavar="BOOL",
-        help="random data: exactly N rows in a bag",
+        help="generated data: exactly N rows in a bag",
+    )
+    add(
+        "--rand-data-dist",
+        default="uniform",
+        metavar="DIST",
+        help="random data: uniform, gaussian[:mu=,sigma=], zipf:s=0.9[,q=0][,hot=8,share=0.2] (Zipf-Mandelbrot; hot "
+        "rows that take a share of their own), pareto[:a=0.25] (rows that follow from the first of a bag, as in MLPerf "
+        "v2) (uniform)",
     )
 
 
+def _table_flags(add: Callable[..., Any]) -> None:
+    add("--pooling", choices=("sum", "mean"), default="sum", help="how a bag becomes a vector (sum)")
+    add(
+        "--quantize-emb-with-bit",
+        type=int,
+        choices=(32, 16, 8, 4),
+        default=32,
+        help="how an element of a table is stored; 8 and 4: row-wise quantised (32)",
+    )
+    add(
+        "--table-kernel",
+        choices=("torch", "fbgemm"),
+        default="torch",
+        help="who pools: torch's bags, or for 8 and 4 bits FBGEMM's (pip install fbgemm-gpu-cpu) (torch)",
+    )
+    add(
+        "--placement",
+        default="contiguous",
+        metavar="HOW",
+        help="contiguous: blocks, as the reference; greedy: by bytes and lookups; worst: all but the lightest tables "
+        "at rank 0; or a JSON file (contiguous)",
+    )
+    add(
+        "--row-wise-above",
+        type=at_least(0),
+        default=0,
+        metavar="N",
+        help="cut tables of more than N rows by rows over all ranks; 0: none (0)",
+    )
+    add(
+        "--replicate-below",
+        type=at_least(0),
+        default=0,
+        metavar="N",
+        help="tables of at most N rows are on every rank, and not sent; 0: none (0)",
+    )
+    add("--plan", action="store_true", help="show what each rank owns, its memory, and the predicted lookup times")
+
+
 def _run_flags(add: Callable[..., Any]) -> None:
-    add("--ranks", type=_at_least(1), metavar="P", help="start P ranks here (1); under torchrun leave it out")
+    add("--ranks", type=at_least(1), metavar="P", help="start P ranks here (1); under torchrun leave it out")
     add(
         "--lag",
-        type=_at_least(0),
+        type=at_least(0),
         default=0,
         metavar="K",
         help="iterations a rank may be ahead of the slowest; 0: synchronous (0)",
     )
     add(
         "--dense-block",
-        type=_at_least(0),
+        type=at_least(0),
         default=0,
         metavar="B",
         help="dense work in blocks of B samples, so that bits do not depend on the number of ranks; 0: the whole "
         "slice at once (0)",
     )
-    add("--threads", type=_at_least(1), default=1, metavar="N", help="threads of torch on each rank (1)")
+    add("--threads", type=at_least(1), default=1, metavar="N", help="threads of torch on each rank (1)")
     add(
         "--delay",
         default="none",
@@ -195,20 +234,45 @@ def _run_flags(add: Callable[..., Any]) -> None:
         help="injected stalls: exp:p=0.1,mean=2ms (each rank, in each iteration, with probability p, for an "
         "exponential time) or rotate:every=10,time=10ms (a straggler going round)",
     )
-    add("--delay-seed", type=_at_least(0), default=0, metavar="SEED", help="seed of --delay exp (0)")
+    add("--delay-seed", type=at_least(0), default=0, metavar="SEED", help="seed of --delay exp (0)")
     add(
         "--timeout",
-        type=_seconds,
+        type=positive,
         default=60.0,
         metavar="S",
         help="seconds any wait for another rank may take; inf: for ever (60)",
     )
     add(
         "--window-bytes",
-        type=_at_least(1),
+        type=at_least(1),
         metavar="N",
-        help="room for one message from one rank to another (the largest there will be)",
+        help="room for one message from one rank to another; larger ones take longer (the largest there will be)",
     )
+
+
+def _serving_flags(add: Callable[..., Any]) -> None:
+    add(
+        "--input",
+        choices=("replicated", "sharded"),
+        default="replicated",
+        help="replicated: every rank reads the whole batch, as the reference; sharded: each rank has its own samples, "
+        "and the indices travel, too (replicated)",
+    )
+    add(
+        "--arrival-rate",
+        type=positive,
+        metavar="R",
+        help="open loop: R batches arrive in a second, and latency counts from arrival (closed loop: the next batch is "
+        "there when the rank is)",
+    )
+    add("--arrival", choices=("poisson", "fixed"), default="poisson", help="gaps between arrivals (poisson)")
+    add(
+        "--quiet",
+        default="none",
+        metavar="R:FROM:LENGTH",
+        help="open loop, sharded: nothing arrives at rank R for a while, such as 1:2s:1s (none)",
+    )
+    add("--dist-backend", default="bls", metavar="NAME", help="bls; there is no other (bls)")
 
 
 def _output_flags(add: Callable[..., Any]) -> None:
@@ -225,51 +289,6 @@ def _output_flags(add: Callable[..., Any]) -> None:
     )
     add("--predictions", metavar="FILE", help="write click probabilities in sample order: .npy or .csv")
     add("--json", metavar="FILE", help="write all measurements; -: to stdout, in place of the table")
-    add("--print-freq", type=_at_least(0), default=0, metavar="N", help="log progress every N batches; 0: never (0)")
+    add("--print-freq", type=at_least(-1), default=0, metavar="N", help="log progress every N batches; 0: never (0)")
+    add("--print-time", action="store_true", help="with milliseconds per batch in that log")
     add("--debug", action="store_true", help="whole tracebacks (as with BLSRDMA_DEBUG=1)")
-
-
-class _Refuse(argparse.Action):
-    """A flag that ends the program with a reason."""
-
-    def __init__(self, option_strings: Sequence[str], *, reason: str, **_: Any) -> None:
-        super().__init__(
-            option_strings, argparse.SUPPRESS, nargs="?", help=argparse.SUPPRESS, default=argparse.SUPPRESS
-        )
-        self.reason = reason
-
-    def __call__(self, parser: argparse.ArgumentParser, *_: Any, **__: Any) -> NoReturn:
-        parser.error(f"{self.option_strings[0]}: {self.reason}")
-
-
-def _at_least(lowest: int) -> Any:
-    def number(text: str) -> int:
-        value = int(text)
-        if value < lowest:
-            raise argparse.ArgumentTypeError(f"{value} is less than {lowest}")
-        return value
-
-    return number
-
-
-def _widths(text: str) -> tuple[int, ...]:
-    try:
-        widths = tuple(int(word) for word in text.split("-"))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers such as 512-256-1") from None
-    if min(widths) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} has a number less than 1")
-    return widths
-
-
-def _truth(text: str) -> bool:
-    if text.lower() not in ("1", "true", "yes", "0", "false", "no"):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
-    return text.lower() in ("1", "true", "yes")
-
-
-def _seconds(text: str) -> float:
-    value = float(text)
-    if not value > 0:
-        raise argparse.ArgumentTypeError(f"{text} is not a time above 0")
-    return value

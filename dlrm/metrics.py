@@ -29,6 +29,25 @@ def accuracy(labels: NDArray[Any], probabilities: NDArray[Any]) -> float | None:
     return float(((probabilities >= 0.5) == (labels > 0.5)).mean()) if len(labels) else None
 
 
+def logloss(labels: NDArray[Any], probabilities: NDArray[Any]) -> float | None:
+    """Mean binary cross entropy in nats, its logarithms at least -100 as in torch's BCELoss; None without samples."""
+    if not len(labels):
+        return None
+    with np.errstate(divide="ignore"):
+        clicked = np.maximum(np.log(probabilities.astype(np.float64)), -100.0)
+        not_clicked = np.maximum(np.log1p(-probabilities.astype(np.float64)), -100.0)
+    return float(-np.where(labels > 0.5, clicked, not_clicked).mean())
+
+
+def normalised_entropy(labels: NDArray[Any], probabilities: NDArray[Any]) -> float | None:
+    """`logloss` over that of always predicting the click rate; None where there is but one kind of label."""
+    loss = logloss(labels, probabilities)
+    rate = float((labels > 0.5).mean()) if len(labels) else 0.0
+    if loss is None or not 0 < rate < 1:
+        return None
+    return float(loss / -(rate * np.log(rate) + (1 - rate) * np.log1p(-rate)))
+
+
 def percentiles(values: NDArray[np.float64]) -> dict[str, float | None]:
     """p50, p95 and p99 of `values`; None without values."""
     if not values.size:

@@ -45,6 +45,7 @@ class Dense(nn.Module):
         offset = 1 if shape.itself else 0
         pairs = [i * vectors + j for i in range(vectors) for j in range(i + offset)]  # the reference's order
         self._pairs = torch.tensor(pairs, dtype=torch.int64)
+        self.loss_threshold = 0.0  # in between 0 and 1: probabilities are kept that far from 0 and from 1
 
     def bottom(self, dense: Tensor) -> Tensor:
         """Bottom MLP: [B, D] -> [B, dim]."""
@@ -57,6 +58,7 @@ class Dense(nn.Module):
         if self.shape.interaction == "cat":
             return vectors.reshape(batch, -1)
         products = torch.bmm(vectors, vectors.transpose(1, 2)).view(batch, -1)
+        # One copy; index_select straight into a strided output takes five times as long.
         return torch.cat([vectors[:, 0], products.index_select(1, self._pairs)], dim=1)
 
     def top(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
@@ -65,6 +67,8 @@ class Dense(nn.Module):
         logits = value
         for layer in self.top_l:
             logits, value = value, layer(value)
+        if 0 < self.loss_threshold < 1:
+            value = value.clamp(self.loss_threshold, 1 - self.loss_threshold)
         return logits.view(-1), value.view(-1)
 
 

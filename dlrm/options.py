@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from dlrm import delays, flags
-from dlrm.data import CRITEO_DENSE
+from dlrm.arrivals import Arrivals, parse_quiet
+from dlrm.data import CRITEO_DENSE, DENSE_FEATURES, draws, guess
 from dlrm.errors import OptionError
 from dlrm.shape import ModelShape, interaction_width
 
@@ -26,14 +27,32 @@ class Options:
     arch_interaction_itself: bool
     mini_batch_size: int
     num_batches: int
-    data_generation: Literal["sample", "random", "dataset"]
+    data_generation: Literal["sample", "random", "synthetic", "dataset"]
+    data_set: str
     raw_data_file: str
+    processed_data_file: str
+    data_trace_file: str
     max_ind_range: int
-    num_indices_per_lookup: int
+    first_sample: int
+    num_indices_per_lookup: tuple[int, ...]  # one for all tables, or one for each
     num_indices_per_lookup_fixed: bool
+    rand_data_dist: str
     numpy_rand_seed: int
     load_model: str | None
+    loss_threshold: float
+    pooling: Literal["sum", "mean"]
+    quantize_emb_with_bit: int
+    table_kernel: Literal["torch", "fbgemm"]
+    placement: str
+    row_wise_above: int
+    replicate_below: int
+    plan: bool
+    input: Literal["replicated", "sharded"]
+    arrival_rate: float | None
+    arrival: Literal["poisson", "fixed"]
+    quiet: str
     print_freq: int
+    print_time: bool
     ranks: int | None
     lag: int
     delay: str
@@ -48,39 +67,77 @@ class Options:
     window_bytes: int | None
     debug: bool
 
-    def shape(self, table_rows: tuple[int, ...]) -> ModelShape:
-        """The model's shape for tables of `table_rows`."""
+    @property
+    def data_file(self) -> str:
+        """The file or folder of samples, whichever flag named it."""
+        return self.processed_data_file or self.raw_data_file
+
+    def shape(self, table_rows: tuple[int, ...], dense_features: int | None = None) -> ModelShape:
+        """The model's shape for tables of `table_rows`. Raises OptionError where the data have other dense features."""
         dim, op, itself = self.arch_sparse_feature_size, self.arch_interaction_op, self.arch_interaction_itself
+        if dense_features is not None and dense_features != self.arch_mlp_bot[0]:
+            raise OptionError(
+                f"--arch-mlp-bot begins with {self.arch_mlp_bot[0]}, but the data have {dense_features} dense features"
+            )
         width = interaction_width(len(table_rows), dim, op, itself)
         return ModelShape(table_rows, dim, self.arch_mlp_bot, (width, *self.arch_mlp_top), op, itself)
+
+    def arrivals(self) -> Arrivals | None:
+        """When batches arrive; None in a closed loop."""
+        if self.arrival_rate is None:
+            return None
+        return Arrivals(self.arrival_rate, self.arrival == "poisson", self.delay_seed, parse_quiet(self.quiet))
 
 
 def parse(argv: Sequence[str]) -> Options:
     """Read the command line. Exits with a line of usage where a flag is unknown; raises OptionError for bad values."""
     given = vars(flags.parser().parse_args(argv))
-    bottom = given["arch_mlp_bot"] or (CRITEO_DENSE, 512, 256, 64, given["arch_sparse_feature_size"])
-    del given["inference_only"]
-    asked = given["data_generation"]
-    if given["raw_data_file"]:
-        if asked not in (None, "dataset"):
-            raise OptionError(f"--data-generation {asked} does not go with --raw-data-file")
-        generation = "dataset"
-    elif asked == "dataset":
-        raise OptionError("--data-generation dataset wants --raw-data-file FILE")
-    else:
-        shaped = given["arch_embedding_size"] or given["num_indices_per_lookup"]
-        generation = asked or ("random" if shaped else "sample")
+    file = given["processed_data_file"] or given["raw_data_file"]
+    generation = _generation(given, file)
+    first = DENSE_FEATURES.get(given["data_set"], CRITEO_DENSE)
+    if generation == "dataset" and given["data_set"] == "auto":
+        given["data_set"] = guess(file)
+        first = DENSE_FEATURES.get(given["data_set"], CRITEO_DENSE)
+    bottom = given["arch_mlp_bot"] or (first, 512, 256, 64, given["arch_sparse_feature_size"])
+    backend = given["dist_backend"]
+    if backend not in ("", "bls"):
+        raise OptionError(f"--dist-backend {backend}: ranks always talk through blsrdma; leave it out, or say bls")
+    if given["test_mini_batch_size"] > 0:
+        given["mini_batch_size"] = given["test_mini_batch_size"]
+    for name in ("inference_only", "test_mini_batch_size", "dist_backend"):
+        del given[name]
     options = Options(
         **{
             **given,
             "arch_mlp_bot": bottom,
             "data_generation": generation,
-            "num_indices_per_lookup": given["num_indices_per_lookup"] or 10,
+            "num_indices_per_lookup": given["num_indices_per_lookup"] or (10,),
             "digest": given["digest"] or given["verify"],
         }
     )
     _check(options)
     return options
+
+
+def _generation(given: dict[str, Any], file: str) -> str:
+    """Where batches come from, as --data-generation says or the other flags tell."""
+    asked: str | None = given["data_generation"]
+    if given["processed_data_file"] and given["raw_data_file"]:
+        raise OptionError("--raw-data-file and --processed-data-file: give one of them")
+    if file:
+        if asked not in (None, "dataset"):
+            raise OptionError(f"--data-generation {asked} does not go with a file of samples")
+        return "dataset"
+    if asked == "dataset":
+        raise OptionError("--data-generation dataset wants --raw-data-file FILE")
+    if given["data_trace_file"]:
+        if asked not in (None, "synthetic"):
+            raise OptionError(f"--data-generation {asked} does not go with --data-trace-file")
+        return "synthetic"
+    if asked == "synthetic":
+        raise OptionError("--data-generation synthetic wants --data-trace-file FILE")
+    shaped = given["arch_embedding_size"] or given["num_indices_per_lookup"] or given["rand_data_dist"] != "uniform"
+    return asked or ("random" if shaped else "sample")
 
 
 def _check(options: Options) -> None:
@@ -92,12 +149,23 @@ def _check(options: Options) -> None:
         raise OptionError(
             f"--arch-mlp-bot ends in {bottom[-1]}, but --arch-sparse-feature-size is {dim}: they must agree"
         )
-    if options.data_generation != "random" and bottom[0] != CRITEO_DENSE:
+    if options.data_generation == "sample" and bottom[0] != CRITEO_DENSE:
         raise OptionError(f"--arch-mlp-bot begins with {bottom[0]}, but the data have {CRITEO_DENSE} dense features")
     if options.arch_mlp_top[-1] != 1:
         raise OptionError(f"--arch-mlp-top ends in {options.arch_mlp_top[-1]}, wanted 1, the click")
     if options.max_ind_range == 0:
         raise OptionError("--max-ind-range 0: wanted a number of rows, or -1 for no limit")
     delays.parse(options.delay, options.delay_seed)
+    parse_quiet(options.quiet)
+    if options.quiet != "none" and (options.arrival_rate is None or options.input != "sharded"):
+        raise OptionError("--quiet wants --arrival-rate and --input sharded: else every rank has every batch")
+    if options.data_generation == "random":
+        draws.parse(options.rand_data_dist)
+    if not 0 <= options.loss_threshold < 0.5:
+        raise OptionError(f"--loss-threshold {options.loss_threshold} is not between 0 and 0.5")
+    if options.quantize_emb_with_bit == 4 and dim % 2:
+        raise OptionError(f"--quantize-emb-with-bit 4 wants an even --arch-sparse-feature-size, not {dim}")
+    if options.table_kernel == "fbgemm" and options.quantize_emb_with_bit not in (8, 4):
+        raise OptionError("--table-kernel fbgemm wants --quantize-emb-with-bit 8 or 4")
     if options.predictions and not options.predictions.endswith((".npy", ".csv")):
         raise OptionError(f"--predictions {options.predictions}: the name must end in .npy or .csv")

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from dlrm.options import Options
+    from dlrm.planner import Plan
 
 
 @dataclass(frozen=True)
@@ -36,9 +37,11 @@ def assemble(options: Options, timelines: list[NDArray[np.int64]], stats: list[d
     """Times and traffic of a run, from every rank's timeline and exchange statistics.
 
     The run lasts from the common start to the last prediction of the slowest rank. Latency is from the moment a rank
-    begins an iteration to its predictions being ready. `wait_ms[q]` is what all ranks together waited for rank q,
-    `wait_ms_by_rank[r][q]` what rank r did. `floor_ms` is how long the run had to take, given each rank's own work and
-    delays as they were, were the exchange free (see timeline.floor).
+    begins an iteration, in an open loop from the arrival of its batch, to its predictions being ready.
+    `wait_ms[q]` is what all ranks together waited for rank q, `wait_ms_by_rank[r][q]` what rank r did. `floor_ms` is
+    how long the run had to take, given each rank's own work and delays as they were, were the exchange free (see
+    timeline.floor; None in an open loop and where input is sharded).
+    `phases_ms[r]` is where the time of rank r went; `resident_bytes` its memory at the end, files not counted.
     """
     runs = np.stack([one[:-1] for one in timelines])  # [ranks, iterations, columns]
     ends = np.stack([one[-1] for one in timelines])  # start, end, drain
@@ -54,18 +57,23 @@ def assemble(options: Options, timelines: list[NDArray[np.int64]], stats: list[d
     floor = timeline.floor(
         runs[:, :, timeline.BEFORE] / 1e9, runs[:, :, timeline.AFTER] / 1e9, ends[:, 2] / 1e9, options.lag
     )
-    latencies = (runs[:, :, timeline.EMITTED] - runs[:, :, timeline.BEGIN]) / 1e6
+    latencies = (runs[:, :, timeline.EMITTED] - runs[:, :, timeline.ARRIVED]) / 1e6
+    modelled = options.input == "replicated" and options.arrival_rate is None
     return {
         "ranks": len(timelines),
         "lag": options.lag,
         "batches": batches,
         "seconds": seconds,
         "ms_per_iteration": seconds * 1e3 / batches,
-        "floor_ms": floor * 1e3,
+        "floor_ms": floor * 1e3 if modelled else None,
         "latency_ms": percentiles(latencies),
+        "latency_ms_by_rank": [percentiles(one) for one in latencies],
         "wait_ms": np.sum(waits, axis=0).tolist(),
         "wait_ms_by_rank": waits,
         "delay_ms_by_rank": (runs[:, :, timeline.SLEPT].sum(axis=1) / 1e6).tolist(),
+        "phases_ms": [one["phases_ms"] for one in stats],
+        "resident_bytes": [int(one["resident_bytes"]) for one in stats],
+        "table_bytes": [int(one["table_bytes"]) for one in stats],
         "max_lead_seen": max(int(one["max_lead"]) for one in stats),
         "bytes_by_path": dict(carried),
         "bytes_by_transport": dict(transports),
@@ -82,14 +90,20 @@ def show(values: dict[str, Any]) -> None:
         ("ranks, lag", f"{values['ranks']}, {values['lag']}"),
         ("samples", f"{values['samples']:,} in {values['batches']:,} batches, {values['seconds']:.3f} s"),
         ("throughput", f"{values['samples_per_s']:,.0f} samples/s, {values['ms_per_iteration']:.3f} ms/iteration"),
-        ("floor", f"{values['floor_ms'] / values['batches']:.3f} ms/iteration, were the exchange free"),
         ("latency", ", ".join(f"{name} {value:.2f} ms" for name, value in latency.items())),
         ("waited for", ", ".join(f"rank {rank} {wait:.0f} ms" for rank, wait in enumerate(values["wait_ms"]))),
         ("largest lead", f"{values['max_lead_seen']} iterations"),
         ("carried", ", ".join(f"{path} {count / 1e6:.1f} MB" for path, count in values["bytes_by_path"].items())),
     ]
+    for rank, phases in enumerate(values["phases_ms"]):
+        rows.append((f"rank {rank} spent", ", ".join(f"{name} {spent:.0f} ms" for name, spent in phases.items())))
+    if values["floor_ms"] is not None:
+        rows.insert(3, ("floor", f"{values['floor_ms'] / values['batches']:.3f} ms/iteration, were the exchange free"))
     if values["auc"] is not None:
         rows.append(("AUC, accuracy", f"{values['auc']:.4f}, {values['accuracy']:.4f}"))
+        entropy = values["normalised_entropy"]
+        rows.append(("log loss, normalised", f"{values['logloss']:.4f}" + (f", {entropy:.4f}" if entropy else "")))
+    rows.append(("tables", f"{values['kernel']}, {sum(values['table_bytes']) / 1e6:,.1f} MB on all ranks"))
     if values["pooled_sha256"] is not None:
         rows.append(("pooled", values["pooled_sha256"]))
         rows.append(("logits", values["logits_sha256"]))
@@ -101,6 +115,30 @@ def show(values: dict[str, Any]) -> None:
     for row in rows:
         table.add_row(*row)
     Console().print(table)
+
+
+def plan_values(plan: Plan) -> dict[str, Any]:
+    """A plan as JSON; its `ranks` and `replicated` are what --placement reads."""
+    return plan.placement.as_json() | {
+        "bytes": list(plan.bytes),
+        "lookups_per_sample": list(plan.lookups),
+        "lookup_ms": list(plan.lookup_ms),
+    }
+
+
+def show_plan(plan: Plan, window_bytes: int, process_bytes: int) -> None:
+    """Print what a plan asks of each rank; memory is that of the process now, its tables, and its windows."""
+    table = Table(title="Plan", title_justify="left")
+    for name in ("rank", "tables", "table bytes", "memory", "rows/sample", "lookup ms/batch"):
+        table.add_column(name, justify="left" if name == "tables" else "right", overflow="fold")
+    for rank, pieces in enumerate(plan.placement.pieces):
+        own = " ".join(map(str, pieces))
+        if plan.placement.replicated:
+            own += " and " + " ".join(map(str, plan.placement.replicated))
+        memory = plan.bytes[rank] + window_bytes + process_bytes
+        cells = (f"{plan.bytes[rank]:,}", f"{memory / 1e6:,.0f} MB")
+        table.add_row(str(rank), own, *cells, f"{plan.lookups[rank]:.1f}", f"{plan.lookup_ms[rank]:.3f}")
+    Console(stderr=True).print(table)
 
 
 def _versions() -> dict[str, str | None]:

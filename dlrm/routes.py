@@ -26,9 +26,9 @@ class Flight:
         """Whether every rank's vectors are here."""
         return bool(self._handle.ready())
 
-    def wait(self) -> list[Tensor]:
+    def wait(self, timeout: float | None = None) -> list[Tensor]:
         """One view [n, tables of it, dim] per owner, in table order; valid until `release`."""
-        return [part.view(shape) for part, shape in zip(self._handle.wait(), self._shapes, strict=True)]
+        return [part.view(shape) for part, shape in zip(self._handle.wait(timeout), self._shapes, strict=True)]
 
     def release(self) -> None:
         """Give the views up, so that their windows are used again."""
@@ -44,7 +44,7 @@ class AlltoallvRoute:
 
     def __init__(self, exchange: Exchange, tables: Tables, placement: Placement, batch_size: int) -> None:
         self._exchange = exchange
-        self._tables = tables
+        self.tables = tables
         self._placement = placement
         self._elements = batch_size * len(tables.owned) * tables.dim
         self._ring: list[tuple[Tensor, Handle | None]] = [
@@ -77,13 +77,16 @@ class AlltoallvRoute:
 
     def lookup(self, batch: Batch) -> Tensor:
         """The pooled vectors of this rank's tables for the whole batch, [B, tables, dim]."""
-        return self._tables.lookup(batch, self.buffer())
+        return self.tables.lookup(batch, self.buffer())
 
     def post(self, pooled: Tensor) -> Flight:
         """Send the latest lookup: to each rank the rows of its samples."""
-        samples = [len(some) for some in self._placement.samples(pooled.shape[0])]
+        return self.send(pooled, [len(some) for some in self._placement.samples(pooled.shape[0])])
+
+    def send(self, pooled: Tensor, samples: list[int]) -> Flight:
+        """Send the latest lookup [sum of samples, tables, dim]: the first samples[0] to rank 0, and so on."""
         row = pooled.shape[1] * pooled.shape[2]
         handle = self._exchange.post(pooled.view(-1), [count * row for count in samples])
         self._ring[-1] = (self._ring[-1][0], handle)
-        widths = [(len(tables), self._tables.dim) for tables in self._placement.tables]
+        widths = [(len(tables), self.tables.dim) for tables in self._placement.tables]
         return Flight(handle, samples[self._exchange.rank], widths)

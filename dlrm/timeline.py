@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 clock = time.monotonic_ns  # one clock for all processes of a host
 
 # Columns of Timeline.array().
-BEGIN, POSTED, EMITTED, BEFORE, AFTER, SLEPT = range(6)
+BEGIN, POSTED, EMITTED, BEFORE, AFTER, SLEPT, ARRIVED = range(7)
+COLUMNS = 7
+PHASES = ("read", "lookup", "post", "wait", "dense")
 
 
 @dataclass
@@ -35,14 +37,26 @@ class Timeline:
     before: list[int] = field(default_factory=list)
     after: list[int] = field(default_factory=list)
     slept: list[int] = field(default_factory=list)  # injected delay, as really slept; part of `before`
+    arrived: list[int] = field(default_factory=list)  # the batch was there to be worked on; begin in a closed loop
+    phases: dict[str, int] = field(default_factory=lambda: dict.fromkeys(PHASES, 0))  # nanoseconds of the whole run
     drain: int = 0  # work after the last wait for the bound: consuming what was still in flight
     start: int = 0
     end: int = 0
 
     def array(self) -> NDArray[np.int64]:
-        """All of it, [iterations + 1, 6] by the columns above; the last row holds start, end and drain."""
-        rows = zip(self.begin, self.posted, self.emitted, self.before, self.after, self.slept, strict=True)
-        return np.array([*rows, (self.start, self.end, self.drain, 0, 0, 0)], np.int64)
+        """All of it, [iterations + 1, COLUMNS] by the columns above; the last row holds start, end and drain."""
+        columns = (self.begin, self.posted, self.emitted, self.before, self.after, self.slept, self.arrived)
+        last = (self.start, self.end, self.drain, *[0] * (COLUMNS - 3))
+        return np.array([*zip(*columns, strict=True), last], np.int64)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Count the time inside towards a phase."""
+        started = clock()
+        try:
+            yield
+        finally:
+            self.phases[name] += clock() - started
 
 
 class Stopwatch:

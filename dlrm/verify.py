@@ -9,8 +9,11 @@ import torch
 from torch import Tensor
 
 from dlrm.dense import DenseSlice
+from dlrm.tables import lengths
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import NDArray
 
     from dlrm.data.batch import Batch
@@ -26,13 +29,17 @@ class SingleProcess:
     blocks they use: what is compared has the same shapes, and any difference is one of values.
     """
 
-    def __init__(self, tables: Tables, dense: Dense, placement: Placement, block: int) -> None:
+    def __init__(
+        self, tables: Tables, dense: Dense, placement: Placement, block: int, parts: Sequence[Tables] = ()
+    ) -> None:
+        """`parts`: the pieces of tables that are cut by rows, in rank order; `tables` has all others, whole."""
         self._tables, self._dense, self._placement, self._block = tables, dense, placement, block
+        self._parts = parts
 
     def evaluate(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Pooled vectors [B, T, dim], logits [B] and click probabilities [B] of a batch."""
         with torch.inference_mode():
-            pooled = self._tables.lookup_all(batch)
+            pooled = self._lookup(batch)
             logits, probabilities = [], []
             for samples in self._placement.samples(batch.size):
                 piece = DenseSlice(self._dense, samples, self._block)
@@ -42,6 +49,24 @@ class SingleProcess:
                 logits.append(piece_logits)
                 probabilities.append(piece_probabilities)
         return pooled, torch.cat(logits), torch.cat(probabilities)
+
+    def _lookup(self, batch: Batch) -> Tensor:
+        whole = self._tables.lookup_all(batch)
+        if not self._parts:
+            return whole
+        pooled = torch.empty(batch.size, self._placement.num_tables, self._tables.dim)
+        for position, table in enumerate(self._tables.tables):
+            pooled[:, table] = whole[:, position]
+        seen: set[int] = set()
+        for part in self._parts:
+            (table,) = part.tables
+            sums = part.lookup_all(batch)[:, 0]
+            pooled[:, table] = pooled[:, table] + sums if table in seen else sums
+            seen.add(table)
+        if self._tables.pooling == "mean":
+            for table in seen:
+                pooled[:, table] /= lengths(batch, table)
+        return pooled
 
 
 def first_difference(what: str, got: NDArray[np.float32], wanted: NDArray[np.float32], first: int) -> str | None:

@@ -14,18 +14,17 @@ What a line may look like, and what becomes of it:
 
 from __future__ import annotations
 
-import gzip
 import re
-import zlib
-from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, cast
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from dlrm.data import CRITEO_DENSE
-from dlrm.data.batch import Batch, one_hot_offsets
+from dlrm.data.batch import Batch, one_hot_offsets, recut
+from dlrm.data.fields import decimal, hexadecimal, separate
+from dlrm.data.streams import open_text, whole_lines
 from dlrm.errors import DataError
 
 if TYPE_CHECKING:
@@ -38,7 +37,7 @@ FIELDS = 1 + CRITEO_DENSE + CATEGORIES
 _INTEGER = rb"-?[0-9]{1,18}"
 _CATEGORY = rb"[0-9a-fA-F]{1,8}"
 _LINE = re.compile(rb"[01](?:\t(?:%s)?){%d}(?:\t(?:%s)?){0,%d}" % (_INTEGER, CRITEO_DENSE, _CATEGORY, CATEGORIES))
-_GZIP_MAGIC = b"\x1f\x8b"
+_NATURAL = re.compile(rb"[0-9]{1,18}")
 
 
 class CriteoFile:
@@ -52,67 +51,54 @@ class CriteoFile:
         self.max_ind_range = max_ind_range
         if len(table_rows) != CATEGORIES:
             raise DataError(path, f"a Criteo file has {CATEGORIES} categories, the model {len(table_rows)} tables")
-        with self._open():  # an unreadable file is reported now, not when the first batch is wanted
+        with open_text(path):  # an unreadable file is reported now, not when the first batch is wanted
             pass
 
     def batches(self, batch_size: int, num_batches: int) -> Iterator[Batch]:
         """See `Source.batches`. Raises DataError at the first malformed line, naming line and field."""
-        rows = np.array(self.table_rows, np.int64)
-        first = 0
-        with self._open() as stream:
-            lines = self._lines(stream)
-            while batch := list(islice(lines, batch_size)):
-                labels, integers, categories = self._parse(batch, first)
-                if self.max_ind_range > 0:
-                    categories %= self.max_ind_range
-                columns = torch.from_numpy(np.ascontiguousarray((categories % rows).T))
-                offsets = one_hot_offsets(len(batch))
-                yield Batch(
-                    first,
-                    torch.from_numpy(np.log1p(np.maximum(integers, 0).astype(np.float64)).astype(np.float32)),
-                    tuple(columns),
-                    (offsets,) * CATEGORIES,
-                    torch.from_numpy(labels),
-                )
-                first += len(batch)
-                if num_batches and first >= num_batches * batch_size:
-                    return
-        if first == 0:
+        return recut(self._chunks(), batch_size, num_batches)
+
+    def _chunks(self) -> Iterator[Batch]:
+        empty = True
+        for first, data in whole_lines(self.path):
+            empty = False
+            parsed = _parse(data)
+            if parsed is None:
+                yield from self._checked(data, first)
+            else:
+                yield self._batch(*parsed)
+        if empty:
             raise DataError(self.path, "has no samples")
 
-    def _open(self) -> BinaryIO:
-        try:
-            with self.path.open("rb") as probe:
-                compressed = probe.read(2) == _GZIP_MAGIC
-            return cast("BinaryIO", gzip.open(self.path, "rb")) if compressed else self.path.open("rb")
-        except OSError as error:
-            raise DataError(self.path, f"cannot be opened: {error.strerror or error}") from error
+    def _checked(self, data: bytes, first: int) -> Iterator[Batch]:
+        """The lines before the malformed one, then its DataError; `first` is the number of the first line."""
+        lines = data.splitlines(keepends=True)
+        for position, line in enumerate(lines):
+            bare = line.removesuffix(b"\n").removesuffix(b"\r")
+            if not _LINE.fullmatch(bare):
+                parsed = _parse(b"".join(lines[:position])) if position else None
+                if parsed is not None:
+                    yield self._batch(*parsed)
+                raise self._malformed(bare, first + position)
+        raise DataError(self.path, "cannot be parsed", line=first)
 
-    def _lines(self, stream: BinaryIO) -> Iterator[bytes]:
-        number = 0
-        try:
-            for line in stream:
-                number += 1
-                yield line
-        except (OSError, EOFError, zlib.error) as error:
-            raise DataError(self.path, f"cannot be read on: {error}", line=number + 1) from error
-
-    def _parse(
-        self, lines: list[bytes], first: int
-    ) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.int64]]:
-        """Labels [B], integers [B, 13] and categories [B, 26] of lines whose first one is sample `first`."""
-        rows: list[list[int]] = []
-        for position, raw in enumerate(lines):
-            line = raw.rstrip(b"\r\n")
-            if not _LINE.fullmatch(line):
-                raise self._malformed(line, first + position + 1)
-            fields = line.split(b"\t")
-            row = [int(field or 0) for field in fields[: 1 + CRITEO_DENSE]]
-            row += [int(field or b"0", 16) for field in fields[1 + CRITEO_DENSE :]]
-            row += [0] * (FIELDS - len(row))
-            rows.append(row)
-        table = np.array(rows, np.int64)
-        return table[:, 0].astype(np.float32), table[:, 1 : 1 + CRITEO_DENSE], table[:, 1 + CRITEO_DENSE :]
+    def _batch(self, labels: NDArray[np.float32], integers: NDArray[np.int64], categories: NDArray[np.uint32]) -> Batch:
+        """Labels [B], integers [B, 13], negative ones as 0, and categories [26, B] as a batch."""
+        limited = 0 < self.max_ind_range < 1 << 32
+        if limited:
+            categories = categories % np.uint32(self.max_ind_range)
+        for table, size in enumerate(self.table_rows):
+            if size < (self.max_ind_range if limited else 1 << 32):
+                categories[table] %= np.uint32(size)
+        rows = categories.astype(np.int64)
+        offsets = one_hot_offsets(len(labels))
+        return Batch(
+            0,
+            torch.from_numpy(np.log1p(integers.astype(np.float64)).astype(np.float32)),
+            tuple(torch.from_numpy(rows)),
+            (offsets,) * CATEGORIES,
+            torch.from_numpy(labels),
+        )
 
     def _malformed(self, line: bytes, number: int) -> DataError:
         """The error for a line that does not match, naming the first field that is wrong."""
@@ -130,3 +116,41 @@ class CriteoFile:
                 return DataError(self.path, wanted, line=number, field=f"{position + 1} ({name})", value=value)
         needed = f"label and {CRITEO_DENSE} integers at least, {FIELDS} at most"
         return DataError(self.path, f"{len(fields)} fields, wanted {needed}", line=number)
+
+
+def _parse(data: bytes) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.uint32]] | None:
+    """Labels [B], integers [B, 13], negative ones as 0, categories [26, B] of whole lines; None if any is malformed."""
+    padded, starts, lengths, fields = separate(data)
+    if (fields == FIELDS).all():
+        starts, lengths = starts.reshape(-1, FIELDS), lengths.reshape(-1, FIELDS)
+    else:
+        if fields.min() < 1 + CRITEO_DENSE or fields.max() > FIELDS:
+            return None
+        place = (np.cumsum(fields) - fields)[:, None] + np.arange(FIELDS)
+        there = np.arange(FIELDS) < fields[:, None]
+        place = np.where(there, place, 0)
+        starts, lengths = starts[place], np.where(there, lengths[place], 0)
+    labels = padded[starts[:, 0]] - np.uint8(ord("0"))
+    if (labels > 1).any() or (lengths[:, 0] != 1).any():
+        return None
+    categories, good = hexadecimal(
+        padded,
+        np.ascontiguousarray(starts[:, 1 + CRITEO_DENSE :].T),
+        np.ascontiguousarray(lengths[:, 1 + CRITEO_DENSE :].T),
+    )
+    if not good:
+        return None
+    begin = np.ascontiguousarray(starts[:, 1 : 1 + CRITEO_DENSE])
+    length = np.ascontiguousarray(lengths[:, 1 : 1 + CRITEO_DENSE])
+    negative = (padded[begin] == ord("-")) & (length > 0)
+    begin += negative
+    length -= negative
+    integers, fine = decimal(padded, begin, length)
+    fine &= (length > 0) | ~negative
+    for line, column in np.argwhere(~fine):  # longer than eight digits, or malformed
+        text = data[begin[line, column] : begin[line, column] + length[line, column]]
+        if not _NATURAL.fullmatch(text):
+            return None
+        integers[line, column] = int(text)
+    integers[negative] = 0
+    return labels.astype(np.float32), integers, categories
