@@ -13,7 +13,7 @@ import torch
 
 from tests.ranks import no_leftovers
 
-SESSION_SECONDS = int(os.environ.get("BLSRDMA_TEST_SECONDS", "1080"))
+SESSION_SECONDS = int(os.environ.get("BLSRDMA_TEST_SECONDS", "1800"))
 
 # torch's stores ask the resolver for the name of every address they connect to. Where no name server answers, each of
 # these questions would take five seconds.

@@ -134,6 +134,6 @@ def _scribbled_header(rank, world, store, word, value):
                 handle.wait()
 
 
-@pytest.mark.parametrize(("word", "value"), [(0, 7), (1, 2**63), (2, 1), (3, 0)])
+@pytest.mark.parametrize(("word", "value"), [(0, 7), (1, 2**63), (2, 1), (3, 1), (4, 9), (5, 0)])
 def test_a_lying_header_is_told(word: int, value: int) -> None:
     run_ranks(_scribbled_header, 2, word, value)

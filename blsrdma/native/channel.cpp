@@ -171,10 +171,13 @@ void Channel::warm_up() {
   flush();
 }
 
-void Channel::tick(std::uint64_t) { beat_due_ = beating_; }
+void Channel::tick(std::uint64_t) {
+  beat_due_ = beating_ && !mapped_;
+  if (beating_ && mapped_ && !parted_.load()) publish(mapped_counter(kHeartbeatOffset), Counter::of(++beats_, epoch_));
+}
 
 bool Channel::advance() {
-  if (mapped_ || outstanding_ || broken() != UCS_OK) return false;
+  if (mapped_ || !endpoint_ || outstanding_ || broken() != UCS_OK) return false;
   switch (state_) {
     case State::idle: {
       // Before the messages: a counter of this rank lets the peer reuse what its large messages occupied.
@@ -204,7 +207,7 @@ bool Channel::advance() {
         state_ = State::parting;
         return true;
       }
-      if (beat_due_) {
+      if (beat_due_ && !parting_.load()) {  // after the farewell the memory there may be gone
         beat_due_ = false;
         put_counter(++beats_, kStagedHeartbeat, kHeartbeatOffset);
         state_ = State::minor;

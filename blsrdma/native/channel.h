@@ -69,6 +69,7 @@ class Channel final : public Driven {
   void warm_up();  // the first put: makes UCX connect now and not in iteration 0
   bool warm() const { return outstanding_ == 0; }
   void beat() { beating_ = true; }  // send heartbeats from now on
+  void orphan() { on_broken_ = [](std::uint32_t, ucs_status_t) {}; }
   // Get `bytes` at `from`, in the peer's memory that `rkey` opens, into `to`; then *left is one less. Never, if the
   // channel breaks.
   void pull(std::byte* to, std::uint64_t bytes, std::uint64_t from, const std::string& rkey,

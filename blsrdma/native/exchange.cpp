@@ -28,10 +28,20 @@ Exchange::Exchange(std::shared_ptr<Fabric> fabric, std::shared_ptr<Arena> arena,
 
 Exchange::~Exchange() {
   if (channels_.empty()) return;
-  // Not closed. The progress thread may still be driving all this, and peers may still write: leak it.
+  // Not closed: the progress thread may still be driving the channels, and peers may still write. All that these touch is
+  // leaked; nothing calls back here any more.
+  try {
+    fabric_->call([&] {
+      if (liveness_) liveness_->stop(*fabric_);
+      fabric_->detach(doorbell_.get());
+      for (const auto& each : channels_) {
+        if (each) each->orphan();
+      }
+    });
+  } catch (const std::runtime_error&) {  // the fabric is closed: its thread has ended
+  }
   for (auto& each : channels_) each.release();
-  liveness_.release();
-  doorbell_.release();
+  for (auto& each : records_) each.release();  // pulls count down in them
   new std::pair(fabric_, arena_);
 }
 

@@ -1,0 +1,157 @@
+// The progress thread: what it runs, how it ends, and that no kick is lost while it goes to sleep.
+#include <dirent.h>
+#include <sched.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdio>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "check.h"
+#include "fabric.h"
+#include "ranks.h"
+
+namespace blsrdma::test {
+namespace {
+
+std::size_t open_files() {
+  std::size_t count = 0;
+  DIR* folder = opendir("/proc/self/fd");
+  while (readdir(folder)) ++count;
+  closedir(folder);
+  return count;
+}
+
+// Takes over as many items as have been asked for, one at a time.
+class Counting final : public Driven {
+ public:
+  std::atomic<std::uint64_t> asked{0}, done{0};
+  bool advance() override {
+    const std::uint64_t sofar = done.load(std::memory_order_relaxed);
+    if (sofar == asked.load(std::memory_order_acquire)) return false;
+    done.store(sofar + 1, std::memory_order_release);
+    return true;
+  }
+  bool waiting() const override {
+    return asked.load(std::memory_order_acquire) != done.load(std::memory_order_relaxed);
+  }
+};
+
+TEST(what_a_command_throws_comes_back) {
+  const Node node(kPosixPuts);
+  CHECK_THROWS(std::out_of_range, node.fabric->call([] { throw std::out_of_range("mine"); }));
+  int calls = 0;
+  const auto here = std::this_thread::get_id();
+  node.fabric->call([&] { calls += std::this_thread::get_id() != here; });
+  CHECK_EQUAL(calls, 1);
+  CHECK_THROWS(std::out_of_range, node.fabric->until([]() -> bool { throw std::out_of_range("mine"); }, soon()));
+}
+
+TEST(until_keeps_its_deadline) {
+  const Node node(kPosixPuts);
+  const std::uint64_t began = now_ns();
+  CHECK(!node.fabric->until([] { return false; }, in_ms(50)));
+  const std::uint64_t took = now_ns() - began;
+  CHECK(took >= 50 * kMs && took < 2000 * kMs);
+  int polls = 0;
+  CHECK(node.fabric->until([&] { return ++polls == 10; }, soon()));
+}
+
+TEST(a_stopped_fabric_refuses_calls) {
+  const Node node(kPosixPuts);
+  node.fabric->stop();
+  node.fabric->stop();
+  CHECK_THROWS(std::runtime_error, node.fabric->call([] {}));
+  node.fabric->kick();
+}
+
+TEST(every_call_returns_although_the_fabric_stops) {
+  for (int round = 0; round < 20; ++round) {
+    const Node node(kPosixPuts);
+    std::atomic<int> running{3};
+    std::vector<std::thread> callers;
+    for (int i = 0; i < 3; ++i) {
+      callers.emplace_back([&] {
+        try {
+          for (;;) node.fabric->call([] {});
+        } catch (const std::runtime_error&) {
+          --running;
+        }
+      });
+    }
+    usleep(round * 100);
+    node.fabric->stop();
+    for (auto& each : callers) each.join();
+    CHECK_EQUAL(running.load(), 0);
+  }
+}
+
+TEST(calls_of_several_threads_all_run) {
+  const Node node(kPosixPuts);
+  int total = 0;  // touched by the progress thread only
+  std::vector<std::thread> callers;
+  for (int i = 0; i < 4; ++i) {
+    callers.emplace_back([&] {
+      for (int n = 0; n < 500; ++n) node.fabric->call([&] { ++total; });
+    });
+  }
+  for (auto& each : callers) each.join();
+  CHECK_EQUAL(total, 2000);
+}
+
+// A lost kick costs half a second, the bound of an idle sleep. A machine that is busy enough may take as long by itself, but
+// not again and again.
+TEST(no_kick_is_lost) {
+  const Node node(kPosixPuts);
+  Counting work;
+  node.fabric->call([&] { node.fabric->attach(&work); });
+  std::mt19937 random(1);
+  const std::uint64_t end = in_ms(3000);
+  int lost = 0, rounds = 0;
+  for (; now_ns() < end || rounds < 100; ++rounds) {
+    // About as long as the thread takes to fall asleep, so that many a kick meets it on its way there.
+    const std::uint64_t until = now_ns() + random() % 30'000;
+    while (now_ns() < until) relax();
+    const std::uint64_t began = now_ns();
+    work.asked.fetch_add(1, std::memory_order_release);
+    node.fabric->kick();
+    while (work.waiting()) {
+      sched_yield();
+      CHECK(now_ns() < began + 20'000 * kMs);
+    }
+    lost += now_ns() - began > 400 * kMs;
+  }
+  node.fabric->call([&] { node.fabric->detach(&work); });
+  std::printf("%d kicks, %d late\n", rounds, lost);
+  CHECK(lost < 3);
+}
+
+TEST(an_idle_fabric_sleeps) {
+  const Node node(kPosixPuts);
+  timespec before, after;
+  const auto cpu = [](timespec* now) { clock_gettime(CLOCK_PROCESS_CPUTIME_ID, now); };
+  usleep(100'000);
+  cpu(&before);
+  usleep(1'000'000);
+  cpu(&after);
+  const double used = double(after.tv_sec - before.tv_sec) + double(after.tv_nsec - before.tv_nsec) / 1e9;
+  CHECK(used < 0.02);
+}
+
+TEST(fabrics_come_and_go) {
+  { const Node first(kTcp); }  // what UCX opens once and keeps
+  const std::size_t before = open_files();
+  for (int i = 0; i < 20; ++i) {
+    const Node node(i % 2 ? kTcp : kPosixPuts);
+    const Arena arena(node.ucx->context, node.ucx, 10'000);
+    CHECK(std::all_of(arena.data(), arena.data() + arena.bytes(), [](std::byte each) { return each == std::byte{0}; }));
+    CHECK(!arena.packed_rkey().empty());
+  }
+  CHECK_EQUAL(open_files(), before);
+}
+
+}  // namespace
+}  // namespace blsrdma::test
