@@ -307,8 +307,4 @@ class Lane:
 
 def _not_sent(operation: Operation) -> PeerTimeout:
     iteration = operation.handle.iteration
-    text = f"all_to_all {iteration}: some of the input has not left this rank at the deadline"
-    error = PeerTimeout.__new__(PeerTimeout, text)
-    BlsrdmaError.__init__(error, text)
-    error.iteration, error.missing, error.counters = iteration, (), {}
-    return error
+    return PeerTimeout(f"all_to_all {iteration}: not all of the input has left this rank", iteration, {})

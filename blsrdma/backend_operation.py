@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from blsrdma.errors import CountsError
-from blsrdma.handle import Handle
+if TYPE_CHECKING:
+    from blsrdma.handle import Handle
 
 
 class Operation:
@@ -49,41 +48,16 @@ def receive(handle: Handle, outputs: Tensor | list[Tensor], expected: list[int],
     Raises PeerTimeout, after which it may be called again; CountsError when a message has not the expected size.
     """
     if isinstance(outputs, list):
-        for output, message in zip(outputs, copy_out(handle, None, expected, timeout), strict=True):
+        for output, message in zip(outputs, handle.wait(timeout, counts=expected), strict=True):
             _store(output, message)
     elif outputs.is_contiguous() and not outputs.is_neg():
-        copy_out(handle, outputs, expected, timeout)
+        handle.wait(timeout, out=outputs, counts=expected)
     else:
         whole = torch.empty(outputs.shape, dtype=outputs.dtype)
-        copy_out(handle, whole, expected, timeout)
+        handle.wait(timeout, out=whole, counts=expected)
         _store(outputs, whole)
 
 
 def _store(output: Tensor, data: Tensor) -> None:
     with torch.inference_mode():  # in which any tensor may be written: of inference, or one that requires grad
         output.copy_(data.view(output.shape))
-
-
-def copy_out(handle: Handle, out: Tensor | None, expected: list[int], timeout: float) -> Any:
-    """The messages of an iteration one after the other in `out`; else views of them."""
-    if _PLACES:
-        return handle.wait(timeout, out=out, counts=expected)
-    received = handle.wait(timeout)
-    for source, (got, wanted) in enumerate(zip(received.counts(), expected, strict=True)):
-        if got != wanted:
-            raise CountsError(
-                f"iteration {handle.iteration}: rank {source} sent {got} items to rank "
-                f"{handle._exchange.rank}, which expected {wanted}"
-            )
-    if out is None:
-        return received
-    memory, start = out.detach().reshape(-1).view(torch.uint8).numpy(), 0
-    for message in received:
-        data = message.detach().reshape(-1).view(torch.uint8).numpy()
-        memory[start : start + len(data)] = data
-        start += len(data)
-    return received
-
-
-# The exchange of a later commit places messages itself; when it is here, copy_out is its first two lines.
-_PLACES = "out" in inspect.signature(Handle.wait).parameters

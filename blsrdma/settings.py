@@ -32,8 +32,8 @@ from blsrdma.errors import SettingsError
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-# Variables with our prefix that are not settings of the exchange: read by dlrm (DEBUG) and by the tests (TEST_DATA).
-OTHER_VARIABLES = frozenset({"BLSRDMA_DEBUG", "BLSRDMA_TEST_DATA"})
+# Variables with our prefix that are not settings of the exchange: read by dlrm, by the tests and by ci/setup.
+OTHER_VARIABLES = frozenset({"BLSRDMA_DEBUG", "BLSRDMA_TEST_DATA", "BLSRDMA_TEST_SECONDS", "BLSRDMA_EXTRAS"})
 
 
 def parse_size(text: str) -> int:
