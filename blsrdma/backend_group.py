@@ -15,6 +15,7 @@ It is a Python subclass of torch's ProcessGroup. Mind, when changing it:
 
 from __future__ import annotations
 
+import hashlib
 import os
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -60,6 +61,8 @@ class BlsProcessGroup(ProcessGroup):
         super().__init__(rank, ranks)  # type: ignore[call-arg]  # with a store it cannot be subclassed
         self._timeout = timeout
         self._ranks = ranks
+        # torch numbers groups as each rank counts them: disjoint ones may have one name, and would meet in the store.
+        store = PrefixStore(f"{_short_hash(global_ranks)}/", store) if global_ranks else store
         rendezvous = Rendezvous(store, "group", rank, ranks, timeout.total_seconds())
         try:
             self.options, nccl_options = _as_options(options)
@@ -247,6 +250,10 @@ def _resolve(options: Options, timeout: timedelta) -> tuple[Settings, float]:
     if options.timeout is None and "BLSRDMA_TIMEOUT" not in os.environ:
         return settings, timeout.total_seconds()
     return settings, settings.timeout
+
+
+def _short_hash(ranks: list[int]) -> str:
+    return hashlib.sha256(repr(ranks).encode()).hexdigest()[:16]
 
 
 def _given(opts: Any) -> tuple[Any, ...]:

@@ -81,7 +81,12 @@ class Handle:
 
     def sent(self) -> bool:
         """Whether `send` may be overwritten: the messages have left it, the large ones have been pulled, and the
-        message to oneself, which is a view of it unless copy_self is set, has been released."""
+        message to oneself, which is a view of it unless copy_self is set, has been released.
+
+        Messages larger than window_bytes are pulled when their receiver waits for them (or releases them): do not poll
+        sent() before your own wait(), or two ranks that both do wait for each other. After a failure a peer that has
+        not heard of it yet may still be pulling: keep `send` until close() has returned.
+        """
         self._exchange._unfailed()
         return self._exchange._core.sent(self.iteration)
 

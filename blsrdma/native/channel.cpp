@@ -184,6 +184,7 @@ bool Channel::advance() {
       const std::uint64_t acknowledged = acknowledged_.load(std::memory_order_acquire);
       if (acknowledged != acknowledged_there_.load(std::memory_order_relaxed)) {
         put_counter(acknowledged, kStagedPulled, kPulledOffset);
+        flush();  // UCX orders nothing between two puts: an older acknowledgement must not land after a newer one
         acknowledged_there_.store(acknowledged, std::memory_order_relaxed);
         state_ = State::minor;
         return true;

@@ -322,6 +322,18 @@ void Exchange::settle(Record& mine) {
   }
 }
 
+// What has been released without a look at it, and is here by now, is acknowledged: its senders wait for that.
+void Exchange::settle_unwanted() {
+  for (std::uint64_t i = settled_; i < next_; ++i) {
+    Record& each = record(i);
+    if (each.iteration != i || each.settled || !each.released) continue;
+    if (!inbox_.arrived(i) || each.pulling.load(std::memory_order_acquire)) return;
+    if (!each.checked && check_headers(each) != Outcome::ok) return;
+    each.large = 0;
+    settle(each);
+  }
+}
+
 bool Exchange::ready(std::uint64_t iteration) {
   const Turn turn(busy_);
   return turn && (record(iteration).checked || inbox_.arrived(iteration));
@@ -332,8 +344,7 @@ void Exchange::release(std::uint64_t iteration) {
   if (mine.iteration != iteration || mine.released) return;
   mine.released = true;
   mine.large = 0;
-  // Not yet checked: its large messages, if any, are acknowledged when the iteration is known to be complete (post).
-  if (mine.checked && !mine.settled && mine.pulling.load(std::memory_order_acquire) == 0) settle(mine);
+  settle_unwanted();  // or, if it is not all here yet, in a later sent() or post()
 }
 
 const std::byte* Exchange::message(std::uint64_t iteration, std::uint32_t source) const {

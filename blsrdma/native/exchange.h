@@ -170,6 +170,7 @@ class Exchange {
   bool large_is_gone(Record& record);
   Outcome settle_released(Record& record, std::uint64_t deadline_ns);
   void settle(Record& record);
+  void settle_unwanted();
   bool has_left(std::uint32_t peer) const;
 
   std::shared_ptr<Fabric> fabric_;

@@ -153,6 +153,7 @@ bool Exchange::large_is_gone(Record& mine) {
 }
 
 bool Exchange::sent(std::uint64_t iteration) {
+  settle_unwanted();  // two ranks that both ask this, and nothing else, must not wait for each other
   Record& mine = record(iteration);
   if (mine.iteration == iteration) {
     const bool own_view = mine.own && !(config_.copy_self && mine.lengths[config_.rank] <= config_.geometry.window_bytes);

@@ -13,6 +13,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <map>
 #include <mutex>
 #include <new>
 #include <system_error>
@@ -20,10 +21,11 @@
 
 namespace {
 
-std::atomic<bool> map_in_place{false};
 // Held wherever UCX may map or unmap memory. The sanitizers see nothing of it, and so not that what one rank has written to
 // an address came before what another writes there when it is mapped anew.
 std::recursive_mutex mapping;
+bool map_in_place = false;                   // see Path
+std::map<ucp_rkey_h, std::uint64_t> mapped;  // arenas that are used in place, by the keys to them
 
 template <typename Function>
 Function* next(const char* name) {
@@ -37,7 +39,9 @@ Function* next(const char* name) {
 
 CALL(ucs_status_t) ucp_rkey_ptr(ucp_rkey_h rkey, uint64_t remote, void** local) {
   static const auto ucx = next<decltype(ucp_rkey_ptr)>("ucp_rkey_ptr");
+  const std::lock_guard lock(mapping);
   if (!map_in_place) return ucx(rkey, remote, local);
+  mapped[rkey] = remote;
   *local = reinterpret_cast<void*>(remote);
   return UCS_OK;
 }
@@ -48,8 +52,15 @@ CALL(ucs_status_t) ucp_mem_map(ucp_context_h context, const ucp_mem_map_params_t
 }
 CALL(ucs_status_t) ucp_mem_unmap(ucp_context_h context, ucp_mem_h memory) {
   static const auto ucx = next<decltype(ucp_mem_unmap)>("ucp_mem_unmap");
-  const std::lock_guard lock(mapping);
-  return ucx(context, memory);
+  ucp_mem_attr_t attributes{};
+  attributes.field_mask = UCP_MEM_ATTR_FIELD_ADDRESS;
+  ucp_mem_query(memory, &attributes);
+  const auto address = reinterpret_cast<std::uint64_t>(attributes.address);
+  for (;; usleep(200)) {  // a peer's mapping of its own would outlive this one
+    const std::lock_guard lock(mapping);
+    const auto here = [&](const auto& each) { return each.second == address; };
+    if (std::none_of(mapped.begin(), mapped.end(), here)) return ucx(context, memory);
+  }
 }
 CALL(ucs_status_t) ucp_ep_rkey_unpack(ucp_ep_h endpoint, const void* packed, ucp_rkey_h* rkey) {
   static const auto ucx = next<decltype(ucp_ep_rkey_unpack)>("ucp_ep_rkey_unpack");
@@ -59,6 +70,7 @@ CALL(ucs_status_t) ucp_ep_rkey_unpack(ucp_ep_h endpoint, const void* packed, ucp
 CALL(void) ucp_rkey_destroy(ucp_rkey_h rkey) {
   static const auto ucx = next<decltype(ucp_rkey_destroy)>("ucp_rkey_destroy");
   const std::lock_guard lock(mapping);
+  mapped.erase(rkey);
   ucx(rkey);
 }
 // UCX 1.21 has this call write over the very iovec that describes it (gone since openucx/ucx#11720), which the sanitizers'
@@ -208,7 +220,10 @@ Rank::Rank(Meeting& meeting, std::uint32_t self, const Settings& settings, const
       node(node),
       arena(std::make_shared<Arena>(node.ucx->context, node.ucx, geometry.arena_bytes)),
       meeting_(meeting) {
-  map_in_place = settings.path.in_place;
+  {
+    const std::lock_guard lock(mapping);
+    map_in_place = settings.path.in_place;
+  }
   const auto token = [](std::uint32_t rank) { return std::string(kLine, static_cast<char>('A' + rank)); };
   std::memcpy(arena->data(), token(self).data(), kLine);
   Exchange::Config config;
