@@ -6,6 +6,7 @@
 //   native_tests --list
 #include <signal.h>
 #include <spawn.h>
+#include <sys/mman.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -14,6 +15,8 @@
 #include <cstdlib>
 #include <cstring>
 #include <exception>
+#include <optional>
+#include <thread>
 
 #include "check.h"
 #include "wait.h"
@@ -40,43 +43,86 @@ int run_here(const std::string& name) {
   return EXIT_FAILURE;
 }
 
-pid_t start(std::vector<const char*> arguments) {
+struct Running {
+  const Test* test;
+  pid_t pid;
+  int output;  // what it prints is shown where it fails
+  std::uint64_t began;
+};
+
+pid_t start(std::vector<const char*> arguments, int output) {
   arguments.push_back(nullptr);
   pid_t pid = -1;
-  // A process group of its own, so that ranks that a hanging test has forked end with it.
+  posix_spawn_file_actions_t actions;
+  posix_spawn_file_actions_init(&actions);
+  posix_spawn_file_actions_adddup2(&actions, output, 1);
+  posix_spawn_file_actions_adddup2(&actions, output, 2);
   posix_spawnattr_t attributes;
   posix_spawnattr_init(&attributes);
-  posix_spawnattr_setflags(&attributes, POSIX_SPAWN_SETPGROUP);
-  if (posix_spawnp(&pid, arguments[0], nullptr, &attributes, const_cast<char**>(arguments.data()), environ) != 0) pid = -1;
+  posix_spawnattr_setflags(&attributes, POSIX_SPAWN_SETPGROUP);  // ranks that a hanging test has forked end with it
+  const int failed =
+      posix_spawnp(&pid, arguments[0], &actions, &attributes, const_cast<char**>(arguments.data()), environ);
   posix_spawnattr_destroy(&attributes);
-  return pid;
+  posix_spawn_file_actions_destroy(&actions);
+  return failed ? -1 : pid;
 }
 
-void print_stacks(pid_t pid) {
-  const std::string target = std::to_string(pid);
-  const pid_t gdb = start({"gdb", "-p", target.c_str(), "-batch", "-ex", "thread apply all backtrace"});
+void add_stacks(const Running& running) {
+  const std::string target = std::to_string(running.pid);
+  const pid_t gdb =
+      start({"gdb", "-p", target.c_str(), "-batch", "-ex", "thread apply all backtrace"}, running.output);
   if (gdb > 0) waitpid(gdb, nullptr, 0);
 }
 
-// "" or what went wrong.
-std::string run(const Test& test) {
-  const pid_t pid = start({"/proc/self/exe", "--here", test.name.c_str()});
-  if (pid < 0) return "cannot be started";
-  const std::uint64_t deadline = deadline_after(kBoundSeconds * 1'000'000'000ull);
+// "", or what went wrong; nothing while it runs.
+std::optional<std::string> ended(const Running& running) {
   int status = 0;
-  while (waitpid(pid, &status, WNOHANG) == 0) {
-    if (now_ns() >= deadline) {
-      print_stacks(pid);
-      kill(-pid, SIGKILL);
-      waitpid(pid, &status, 0);
-      return "did not end within " + std::to_string(kBoundSeconds) + " s";
-    }
-    usleep(2000);
+  if (running.pid < 0) return "cannot be started";
+  if (waitpid(running.pid, &status, WNOHANG) == 0) {
+    if (now_ns() < running.began + kBoundSeconds * 1'000'000'000ull) return std::nullopt;
+    add_stacks(running);
+    kill(-running.pid, SIGKILL);
+    waitpid(running.pid, &status, 0);
+    return "did not end within " + std::to_string(kBoundSeconds) + " s";
   }
-  kill(-pid, SIGKILL);  // whatever it has left behind
+  kill(-running.pid, SIGKILL);  // whatever it has left behind
   if (WIFSIGNALED(status)) return std::string("ended by ") + strsignal(WTERMSIG(status));
-  if (WEXITSTATUS(status) != 0) return "exit status " + std::to_string(WEXITSTATUS(status));
-  return "";
+  return WEXITSTATUS(status) ? "exit status " + std::to_string(WEXITSTATUS(status)) : "";
+}
+
+// Returns whether all passed. As many run at a time as there are cores: most of them mostly wait.
+bool run(std::vector<const Test*> tests) {
+  std::reverse(tests.begin(), tests.end());
+  std::vector<Running> running;
+  std::size_t passed = 0, failed = 0;
+  while (!tests.empty() || !running.empty()) {
+    while (!tests.empty() && running.size() < std::max(2u, std::thread::hardware_concurrency())) {
+      const int output = memfd_create("output", MFD_CLOEXEC);
+      running.push_back({tests.back(), start({"/proc/self/exe", "--here", tests.back()->name.c_str()}, output), output, now_ns()});
+      tests.pop_back();
+    }
+    std::erase_if(running, [&](const Running& each) {
+      const auto wrong = ended(each);
+      if (!wrong) return false;
+      ++(wrong->empty() ? passed : failed);
+      std::printf("%s %5.2f s  %s\n", wrong->empty() ? "ok    " : "FAILED", double(now_ns() - each.began) / 1e9,
+                  each.test->name.c_str());
+      if (!wrong->empty()) {
+        char text[4096];
+        for (off_t at = 0; const ssize_t bytes = pread(each.output, text, sizeof text, at); at += bytes) {
+          if (bytes < 0) break;
+          std::fwrite(text, 1, static_cast<std::size_t>(bytes), stdout);
+        }
+        std::printf("FAILED %s: %s\n", each.test->name.c_str(), wrong->c_str());
+      }
+      std::fflush(stdout);
+      close(each.output);
+      return true;
+    });
+    usleep(1000);
+  }
+  std::printf("%zu passed, %zu failed\n", passed, failed);
+  return failed == 0 && passed > 0;
 }
 
 }  // namespace
@@ -88,21 +134,12 @@ int main(int count, char** arguments) {
   // replaced nor handles signals that the sanitizer or this program reports.
   setenv("UCX_MEM_EVENTS", "n", 0);
   setenv("UCX_HANDLE_ERRORS", "none", 0);
-  int failures = 0, passed = 0;
+  std::vector<const Test*> chosen;
+  const bool list = names == std::vector<std::string>{"--list"};
   for (const Test& test : all_tests()) {
     const auto within = [&](const std::string& part) { return test.name.find(part) != std::string::npos; };
-    if (names == std::vector<std::string>{"--list"}) {
-      std::printf("%s\n", test.name.c_str());
-      continue;
-    }
-    if (!names.empty() && std::none_of(names.begin(), names.end(), within)) continue;
-    const std::uint64_t began = now_ns();
-    const std::string wrong = run(test);
-    std::printf("%s %5.2f s  %s%s%s\n", wrong.empty() ? "ok    " : "FAILED", double(now_ns() - began) / 1e9,
-                test.name.c_str(), wrong.empty() ? "" : ": ", wrong.c_str());
-    std::fflush(stdout);
-    ++(wrong.empty() ? passed : failures);
+    if (list) std::printf("%s\n", test.name.c_str());
+    if (names.empty() || std::any_of(names.begin(), names.end(), within)) chosen.push_back(&test);
   }
-  if (passed + failures) std::printf("%d passed, %d failed\n", passed, failures);
-  return failures == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
+  return list || run(chosen) ? EXIT_SUCCESS : EXIT_FAILURE;
 }

@@ -164,7 +164,7 @@ TEST_ON_PATHS(silence_is_death) {
     if (self == 0) {
       CHECK_OUTCOME(rank, rank.post_pattern(10), ok);
       // Rank 1 posts nothing for longer than that, but its thread shows signs of life.
-      CHECK_OUTCOME(rank, rank->wait(0, in_ms(3500)), timeout);
+      CHECK_OUTCOME(rank, rank->wait(0, in_ms(2700)), timeout);
       CHECK(rank->silence_ns(1) < 3000 * kMs);
     }
     meeting.meet();
