@@ -130,6 +130,8 @@ def _stopped(rank, world, store, seconds):
             pid = int(store.get("pid 1"))
             os.kill(pid, signal.SIGSTOP)
             stopped_at = time.monotonic()
+        if rank == 1:  # it must not run on to the bound itself before the signal comes
+            store.get("continued")
         handles = []
         for i in range(3, 12):
             if rank == 0 and i == 3 + lag + 1:
@@ -139,6 +141,7 @@ def _stopped(rank, world, store, seconds):
                 assert caught.value.states == {1: "stopped"}
                 assert "rank 1 (stopped; " in str(caught.value)
                 time.sleep(max(0, seconds - (time.monotonic() - stopped_at)))
+                store.set("continued", "1")
                 os.kill(pid, signal.SIGCONT)
             exchange.begin()
             if len(handles) > lag:
