@@ -69,7 +69,7 @@ class Lane:
         with self._lock:
             operation = self._post(send, counts, outputs, expected, self._deadline(timeout))
             exchange = operation.handle._exchange
-            large = max(expected) * operation.handle._buffer.item_bytes > exchange.window_bytes
+            large = max(expected) * operation.handle.item_bytes > exchange.window_bytes
         if large:
             self._watch(operation)
         return operation

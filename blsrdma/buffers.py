@@ -1,6 +1,8 @@
 """The front doors: numpy arrays and torch tensors in, views of the same kind out. Inside there are only bytes.
 
-Torch is not imported here unless the caller already has: a numpy user never pays for it.
+The usual cases never come here: native/arrays.cpp looks at them without a Python frame. What it does not know (subclasses,
+rarer dtypes, everything that is to be refused) does. Torch is not imported here unless the caller already has: a numpy user
+never pays for it.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ class SendBuffer:
     item_bytes: int  # of one such item
     tag: int  # element type, for comparing with the peers'
     view: Callable[[Bytes], Any]  # bytes -> array or tensor of the same dtype and trailing shape
+    writable: bool = True
 
 
 def describe(send: Array) -> SendBuffer:
@@ -95,7 +98,7 @@ def _from_numpy(send: NDArray[Any]) -> SendBuffer:
         return typed.reshape(_leading(len(data), item_bytes), *trailing) if trailing else typed
 
     address: int = send.__array_interface__["data"][0]
-    return SendBuffer(address, send.shape[0], item_bytes, _tag(dtype.kind, dtype.itemsize), view)
+    return SendBuffer(address, send.shape[0], item_bytes, _tag(dtype.kind, dtype.itemsize), view, send.flags.writeable)
 
 
 # torch dtypes by numpy's kinds, for the tag; those that numpy does not know get letters of their own.

@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from blsrdma import hosts
-from blsrdma.buffers import as_counts, describe, equal_counts
 from blsrdma.errors import (
     BlsrdmaError,
     ExchangeClosed,
@@ -33,11 +32,11 @@ from blsrdma.errors import (
     SettingsError,
 )
 from blsrdma.fabric import Fabric
-from blsrdma.handle import Handle, refuse_over
+from blsrdma.handle import refuse_over
 from blsrdma.outcomes import typed_error
 from blsrdma.rendezvous import Rendezvous, Round, environment_ranks, store_from_environment
 from blsrdma.settings import Settings, default_memory_limit, format_size, timeout_ns
-from blsrdma.trace import Trace, traced
+from blsrdma.trace import Trace
 from blsrdma.ucx import native, version
 from blsrdma.windows import LINE_BYTES, WindowGeometry, windows_needed
 
@@ -45,8 +44,6 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from torch.distributed import Store
-
-    from blsrdma.buffers import Array, Counts
 
 log = logging.getLogger("blsrdma")
 
@@ -57,8 +54,10 @@ _open: weakref.WeakSet[Exchange] = weakref.WeakSet()
 _quarantine: list[Any] = []  # what a peer may still write into: kept until the process ends
 
 
-class Exchange:
+class Exchange(native.Front):
     """An all-to-all of messages of any sizes, bounded-lag synchronous.
+
+    Its loop, begin() and post(), is native (native/front.cpp): help(Exchange.post) says how they are called.
 
     Parameters:
         store: a torch.distributed Store that all ranks share; None: the one that torchrun's environment names.
@@ -130,10 +129,12 @@ class Exchange:
         self._bytes: np.ndarray[Any, np.dtype[np.uint8]] = self._arena.array()
         token = secrets.token_bytes(LINE_BYTES)
         self._bytes[:LINE_BYTES] = np.frombuffer(token, np.uint8)
-        self._in_flight: dict[int, Handle] = {}  # posted, and not yet both released and sent
-        self._large_bytes = 0  # of large messages received and held
         met = rendezvous.meet(self._agreed(), self._blob(token))
-        self._core = traced(self._connect(rendezvous, met), recorder)
+        self._core = self._connect(rendezvous, met)
+        super().__init__(self._core, self._bytes, self._timeout_ns, self.settings.copy_self)
+        self._trace = recorder
+        if recorder is not None:
+            self._span = recorder.call
         self._closed = False
         _open.add(self)
         log.info(
@@ -164,50 +165,6 @@ class Exchange:
         """The number of the next iteration to be posted."""
         self._unfailed()
         return self._core.next
-
-    # --- the loop
-
-    def begin(self, timeout: float | None = None) -> int:
-        """Wait until work on the next iteration may begin, and return its number i.
-
-        It may when iteration i - lag - 1 is complete: every rank has posted it. Notes the lead, see stats(). The handle
-        of i - lag - 1 has still to be released before i can be posted. Raises PeerTimeout, PeerFailed.
-        """
-        self._usable()
-        iteration = self._core.next
-        outcome = self._core.begin(self._ns(timeout))
-        if outcome:
-            raise self._error(outcome)
-        return iteration
-
-    def post(self, send: Array, counts: Counts | None = None, timeout: float | None = None) -> Handle:
-        """Send this rank's messages of the next iteration, one to every rank.
-
-        Parameters:
-            send: a C-contiguous numpy array or torch tensor in CPU memory, of any dtype. It belongs to the exchange
-            until
-                the handle says sent(): do not write into it before.
-            counts: counts[q] items along the leading dimension go to rank q, in rank order; they add up to
-            send.shape[0].
-                None: equal parts.
-            timeout: seconds, for the lag bound (begin() has already waited for it in the usual loop).
-
-        Returns at once unless the lag bound is reached. Nothing has been sent when it raises: SendBufferError,
-        CountsError, WindowHeld (iteration i - lag - 1 has not been released), PeerTimeout, PeerFailed. A message larger
-        than window_bytes stays in `send` until its receiver has pulled it.
-        """
-        self._usable()
-        if len(self._in_flight) > self.lag:
-            self._forget_sent()
-        buffer = describe(send)
-        split = equal_counts(buffer.items, self.world_size) if counts is None else as_counts(counts, self.world_size)
-        iteration = self._core.next
-        outcome = self._core.post(buffer.address, buffer.items, buffer.item_bytes, split, buffer.tag, self._ns(timeout))
-        if outcome:
-            raise self._error(outcome)
-        handle = Handle(self, iteration, send, buffer)
-        self._in_flight[iteration] = handle
-        return handle
 
     # --- what it did
 
@@ -249,7 +206,7 @@ class Exchange:
         rank's windows alive. Idempotent."""
         if self._closed:
             return
-        self._closed = True
+        self._closed, self._live = True, False
         _open.discard(self)
         code, blamed, text = _CLOSED, 0, "it closed the exchange"
         if isinstance(error, PeerFailed):
@@ -263,8 +220,10 @@ class Exchange:
         if not self._core.close(code, blamed, short, timeout_ns(self.settings.close_timeout)):
             log.info("exchange %r: peers had not closed after %g s; its windows are kept", self.name,
                      self.settings.close_timeout)  # fmt: skip
-            _quarantine.append((self._core, self._arena, self._fabric, self._in_flight))
-        self._in_flight = {}
+            _quarantine.append((self._core, self._arena, self._fabric, self._held()))
+        self._let_go()
+        if self._trace is not None:
+            self._trace.write()
 
     def __enter__(self) -> Exchange:
         return self
@@ -349,22 +308,13 @@ class Exchange:
             setattr(geometry, field, getattr(self.geometry, field))
         return geometry
 
-    def _forget_sent(self) -> None:
-        # A released iteration's buffers are kept until nothing reads or writes them, whatever becomes of the handle.
-        for handle in [each for each in self._in_flight.values() if each.released]:
-            self._forget(handle)
-
-    def _forget(self, handle: Handle) -> None:
-        if self._core.sent(handle.iteration):
-            del self._in_flight[handle.iteration]
-            handle._drop_large()
-
     def _count_large(self, more: int) -> None:
         refuse_over(self._memory_limit, self.memory_bytes, self._large_bytes, more)
         self._large_bytes += more
 
     def _usable(self) -> None:
-        """Raise what makes this exchange unusable; begin, post and wait meet a failure of the core by themselves."""
+        """Raise what makes this exchange unusable (then _live is False); begin, post and wait meet a failure of the core
+        by themselves."""
         if self._failure is not None:
             raise self._failure
         if self._closed:
@@ -374,9 +324,6 @@ class Exchange:
         self._usable()
         if self._core.failed:
             raise self._error(self._core.why_failed())
-
-    def _ns(self, timeout: float | None) -> int:
-        return self._timeout_ns if timeout is None else timeout_ns(timeout)
 
     def _state(self, peer: int) -> str:
         """Whether a peer lives, in words."""
@@ -390,7 +337,7 @@ class Exchange:
         """The typed error for what the core refused or met. A failure is remembered: every later call meets it too."""
         error = typed_error(outcome, self._core, self.name, self.rank, self.world_size, self._state)
         if isinstance(error, PeerFailed):
-            self._failure = error
+            self._failure, self._live = error, False
         return error
 
 
@@ -400,6 +347,7 @@ def _forked() -> None:
         exchange._failure = BlsrdmaError(
             f"exchange {exchange.name!r} was made before this process was forked; only the parent can use it"
         )
+        exchange._live = False
 
 
 os.register_at_fork(after_in_child=_forked)

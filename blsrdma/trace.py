@@ -79,6 +79,14 @@ class Trace:
         place, code = count % self._capacity * 32, kinds.setdefault(kind, len(kinds))
         self._pack(self._ring, place, code, iteration, start, monotonic_ns())
 
+    def call(self, kind: str, iteration: int, start: int, outcome: int) -> None:
+        """A call of the exchange's that began at `start` and ends now; native/front.cpp says so."""
+        if outcome:  # as in "wait: TIMEOUT"
+            from blsrdma.ucx import native
+
+            kind = f"{kind}: {str(native.Outcome(outcome)).rpartition('.')[2]}"
+        self.span(kind, iteration, start)
+
     def write(self) -> None:
         """Write the rank's file. Failure is logged: a run does not fail for its picture."""
         kept = min(self._count, self._capacity)
@@ -96,50 +104,6 @@ class Trace:
             log.info("trace: %d events in %s, %d older ones dropped", kept, self.path, self._count - kept)
         except OSError as error:
             log.warning("trace: cannot write %s: %s", self.path, error)
-
-
-class TracedCore:
-    """A native exchange whose calls are recorded; all else passes through. The file is written when it closes."""
-
-    def __init__(self, core: native.Exchange, trace: Trace) -> None:
-        self._core = core
-        self._trace = trace
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._core, name)
-
-    def begin(self, *arguments: Any) -> Any:
-        return self._timed("begin", self._core.next, self._core.begin, arguments)
-
-    def post(self, *arguments: Any) -> Any:
-        return self._timed("post", self._core.next, self._core.post, arguments)
-
-    def wait(self, iteration: int, *arguments: Any) -> Any:
-        return self._timed("wait", iteration, self._core.wait, (iteration, *arguments))
-
-    def release(self, iteration: int) -> None:
-        self._timed("release", iteration, self._core.release, (iteration,))
-
-    def close(self, *arguments: Any) -> bool:
-        try:
-            return self._core.close(*arguments)
-        finally:
-            self._trace.write()
-
-    def _timed(self, kind: str, iteration: int, call: Callable[..., Any], arguments: Sequence[Any]) -> Any:
-        start = monotonic_ns()
-        outcome = call(*arguments)
-        if outcome:  # as in "wait: TIMEOUT"
-            from blsrdma.ucx import native
-
-            kind = f"{kind}: {str(native.Outcome(outcome)).rpartition('.')[2]}"
-        self._trace.span(kind, iteration, start)
-        return outcome
-
-
-def traced(core: native.Exchange, trace: Trace | None) -> native.Exchange:
-    """`core` as it is, or recording into `trace`: an exchange that is not traced pays nothing."""
-    return core if trace is None else cast("native.Exchange", TracedCore(core, trace))
 
 
 @dataclass(frozen=True)

@@ -200,6 +200,12 @@ Outcome Exchange::give_up(std::uint64_t deadline_ns, std::uint64_t iteration, co
   return config_.interrupted() ? Outcome::interrupted : Outcome::ok;
 }
 
+bool Exchange::may_begin() {
+  const Turn turn(busy_);
+  const std::uint64_t bound = std::uint64_t{config_.lag} + 1;
+  return turn && (failure_.failed() || next_ < bound || inbox_.arrived(next_ - bound));
+}
+
 Outcome Exchange::begin(std::uint64_t deadline_ns) {
   const Turn turn(busy_);
   if (!turn) return Outcome::concurrent;

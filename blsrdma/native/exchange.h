@@ -12,6 +12,7 @@
 // return an Outcome, and details() says what it was about.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <functional>
@@ -67,11 +68,28 @@ class Exchange {
   // host, else -1; owned from here on.
   void connect(const std::vector<PeerAddress>& peers, std::vector<int> pidfds, std::uint64_t deadline_ns);
 
+  std::uint32_t rank() const { return config_.rank; }
+  std::uint32_t ranks() const { return config_.geometry.ranks; }
+  std::uint64_t window_bytes() const { return config_.geometry.window_bytes; }
+  std::size_t records() const { return records_.size(); }  // iteration i uses record i % records()
+  bool open() const { return !channels_.empty(); }
   std::uint64_t next() const { return next_; }
   const Details& details() const { return details_; }
   bool failed() const { return failure_.failed(); }
   Outcome why_failed() { return failure(next_); }  // once failed() holds
 
+  // Whether begin(), or post() but for its copies, would return at once, be it with a failure.
+  bool may_begin();
+  bool may_post();
+  // Whether `condition` holds now or, where cores are free, within a microsecond or two.
+  template <typename Condition>
+  bool soon(Condition&& condition) const {
+    for (std::uint32_t spins = std::min(config_.wait.spins, 50u);; --spins) {
+      if (condition()) return true;
+      if (spins == 0) return false;
+      relax();
+    }
+  }
   // Wait until work on the next iteration may begin, and note the lead.
   Outcome begin(std::uint64_t deadline_ns);
   // Post the next iteration. counts[q] items of item_bytes bytes each for rank q, in rank order; items in all. Nothing is

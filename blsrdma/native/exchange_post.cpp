@@ -18,6 +18,20 @@ Outcome Exchange::check_counts(std::uint64_t items, const std::int64_t* counts) 
   return Outcome::count_sum;
 }
 
+bool Exchange::may_post() {
+  const Turn turn(busy_);
+  if (!turn) return false;
+  if (failure_.failed()) return true;
+  const std::uint64_t bound = std::uint64_t{config_.lag} + 1;
+  if (next_ >= bound) {
+    const Record& due = record(next_ - bound);
+    if (!due.released) return true;
+    if (!inbox_.arrived(next_ - bound) || !due.settled) return false;
+  }
+  return !record(next_).registered && std::all_of(channels_.begin(), channels_.end(),
+                                                  [&](const auto& each) { return !each || each->room(next_); });
+}
+
 // What the record and the staged headers of the next iteration were used for has left this rank.
 Outcome Exchange::make_room(std::uint64_t deadline_ns) {
   Record& mine = record(next_);

@@ -13,6 +13,7 @@
 #include <cstring>
 
 #include "exchange.h"
+#include "front.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -67,8 +68,6 @@ std::pair<std::string, std::vector<std::string>> loaded_ucp() {
   dladdr(reinterpret_cast<void*>(&ucp_get_version), &used);
   return {used.dli_fname ? used.dli_fname : "", files};
 }
-
-using Counts = nb::ndarray<const std::int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
 }  // namespace
 
@@ -180,25 +179,6 @@ NB_MODULE(_native, m) {
       .def_prop_ro("failed", &Exchange::failed)
       .def("why_failed", [](Exchange& self) { return static_cast<int>(self.why_failed()); })
       .def_prop_ro("leads", &Exchange::leads)
-      .def("begin",
-           [](Exchange& self, std::int64_t timeout_ns) {
-             return without_gil(timeout_ns, [&](std::uint64_t until) { return self.begin(until); });
-           },
-           "timeout_ns"_a)
-      .def("post",
-           [](Exchange& self, std::uintptr_t data, std::uint64_t items, std::uint64_t item_bytes, const Counts& counts,
-              std::uint64_t tag, std::int64_t timeout_ns) {
-             return without_gil(timeout_ns, [&](std::uint64_t until) {
-               return self.post(reinterpret_cast<const std::byte*>(data), items, item_bytes, counts.data(), tag, until);
-             });
-           },
-           "data"_a, "items"_a, "item_bytes"_a, "counts"_a, "tag"_a, "timeout_ns"_a)
-      .def("wait",
-           [](Exchange& self, std::uint64_t iteration, std::int64_t timeout_ns) {
-             if (self.ready(iteration)) return static_cast<int>(self.wait(iteration, 0));  // keeps the GIL
-             return without_gil(timeout_ns, [&](std::uint64_t until) { return self.wait(iteration, until); });
-           },
-           "iteration"_a, "timeout_ns"_a)
       .def("pull",
            [](Exchange& self, std::uint64_t iteration,
               const std::vector<std::pair<std::uint32_t, std::uintptr_t>>& into, std::int64_t timeout_ns) {
@@ -214,9 +194,6 @@ NB_MODULE(_native, m) {
              self.copy_out(iteration, reinterpret_cast<std::byte*>(to));
            },
            "iteration"_a, "to"_a)
-      .def("ready", &Exchange::ready, "iteration"_a)
-      .def("sent", &Exchange::sent, "iteration"_a)
-      .def("release", &Exchange::release, "iteration"_a)
       .def("message",
            [](const Exchange& self, std::uint64_t iteration, std::uint32_t source) {
              return std::pair(reinterpret_cast<std::uintptr_t>(self.message(iteration, source)),
@@ -246,4 +223,6 @@ NB_MODULE(_native, m) {
              return self.close(code, blamed, text, deadline(timeout_ns));
            },
            "code"_a, "blamed"_a, "text"_a, "timeout_ns"_a);
+
+  bind_front(m);
 }
