@@ -1,8 +1,8 @@
 """The front doors: numpy arrays and torch tensors in, views of the same kind out. Inside there are only bytes.
 
-The usual cases never come here: native/arrays.cpp looks at them without a Python frame. What it does not know (subclasses,
-rarer dtypes, everything that is to be refused) does. Torch is not imported here unless the caller already has: a numpy user
-never pays for it.
+The usual cases never come here: native/arrays.cpp looks at them without a Python frame. What it does not know does:
+subclasses, rarer dtypes, everything that is to be refused. Torch is not imported here unless the caller already has: a
+numpy user never pays for it.
 """
 
 from __future__ import annotations

@@ -217,13 +217,15 @@ class Exchange(native.Front):
             return  # a fork's child: nothing here is its own
         limit = native.FAREWELL_TEXT_BYTES
         short = text.encode()[:limit].decode(errors="ignore")
-        if not self._core.close(code, blamed, short, timeout_ns(self.settings.close_timeout)):
-            log.info("exchange %r: peers had not closed after %g s; its windows are kept", self.name,
-                     self.settings.close_timeout)  # fmt: skip
-            _quarantine.append((self._core, self._arena, self._fabric, self._held()))
-        self._let_go()
-        if self._trace is not None:
-            self._trace.write()
+        try:
+            if not self._core.close(code, blamed, short, timeout_ns(self.settings.close_timeout)):
+                log.info("exchange %r: peers had not closed after %g s; its windows are kept", self.name,
+                         self.settings.close_timeout)  # fmt: skip
+                _quarantine.append((self._core, self._arena, self._fabric, self._held()))
+        finally:
+            self._let_go()
+            if self._trace is not None:
+                self._trace.write()
 
     def __enter__(self) -> Exchange:
         return self
@@ -313,8 +315,8 @@ class Exchange(native.Front):
         self._large_bytes += more
 
     def _usable(self) -> None:
-        """Raise what makes this exchange unusable (then _live is False); begin, post and wait meet a failure of the core
-        by themselves."""
+        """Raise what makes this exchange unusable (then _live is False); begin, post and wait meet a failure of the
+        core by themselves."""
         if self._failure is not None:
             raise self._failure
         if self._closed:

@@ -1,7 +1,7 @@
 """One iteration between post() and release(): `Handle`, and `Received`, the messages it brings.
 
-Both are native (native/front.cpp), for they are the inner loop. Here is what is not the usual case: large messages, memory
-of the caller's that does not fit, dtypes that only Python knows.
+Both are native (native/front.cpp), for they are the inner loop. Here is what is not the usual case: large messages,
+memory of the caller's that does not fit, dtypes that only Python knows.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def place(handle: Handle, out: Array | None, counts: Counts | None, large: bool,
     """Give every message of a complete iteration a place: `out`, or, if it is large, memory of its own; if there are
     large ones, pull them there by the time `until_ns` (of time.monotonic_ns(); negative: whenever). Raises as wait()
     does."""
-    exchange: Any = handle._exchange
+    exchange = handle._exchange
     core = exchange._core
     lengths = _lengths(handle)
     target = handle._buffer if out is None else describe(out)
@@ -63,7 +63,7 @@ def place(handle: Handle, out: Array | None, counts: Counts | None, large: bool,
 
 def message(handle: Handle, source: int) -> Any:
     """received[source], where it is not simply a view of a window or of `send`."""
-    exchange: Any = handle._exchange
+    exchange = handle._exchange
     buffer = handle._buffer
     address, length = exchange._core.message(handle.iteration, source)
     if handle._out is not None:
@@ -94,12 +94,12 @@ def refuse_over(limit: int, windows: int, large: int, more: int) -> None:
 
 
 def _lengths(handle: Handle) -> list[int]:
-    exchange: Any = handle._exchange
+    exchange = handle._exchange
     return [exchange._core.message(handle.iteration, q)[1] for q in range(exchange.world_size)]
 
 
 def _check(handle: Handle, counts: Counts, lengths: list[int], target: SendBuffer) -> None:
-    exchange: Any = handle._exchange
+    exchange = handle._exchange
     for q, (count, length) in enumerate(zip(as_counts(counts, len(lengths)).tolist(), lengths, strict=True)):
         if count * target.item_bytes != length:
             raise CountsError(
@@ -113,9 +113,7 @@ def _check_out(handle: Handle, target: SendBuffer, expected: int) -> None:
     if not target.writable:
         raise SendBufferError("out is read-only")
     if target.tag != handle._buffer.tag:
-        raise SendBufferError(
-            f"out has elements of type {tag_name(target.tag)}, send {tag_name(handle._buffer.tag)}"
-        )
+        raise SendBufferError(f"out has elements of type {tag_name(target.tag)}, send {tag_name(handle._buffer.tag)}")
     if expected != total:
         raise CountsError(f"out has {total} bytes, the messages of iteration {handle.iteration} {expected}")
 

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from time import monotonic_ns, time_ns
-from typing import TYPE_CHECKING, Any, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, TypeAlias
 from urllib.parse import quote
 
 import numpy as np
@@ -36,9 +36,7 @@ from blsrdma.errors import BlsrdmaError, SettingsError
 from blsrdma.hosts import host_id
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
-
-    from blsrdma import _native as native
+    from collections.abc import Iterator, Mapping, Sequence
 
     Times: TypeAlias = NDArray[np.int64]
 

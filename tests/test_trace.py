@@ -14,7 +14,7 @@ import pytest
 from blsrdma import Exchange
 from blsrdma.__main__ import main
 from blsrdma.errors import BlsrdmaError, PeerTimeout, SettingsError
-from blsrdma.trace import Trace, chrome, leads, load, traced
+from blsrdma.trace import Trace, chrome, leads, load
 from tests.ranks import run_ranks
 
 MS = 1_000_000
@@ -99,11 +99,6 @@ def test_a_folder_that_cannot_be_written_is_refused_at_the_start(tmp_path: Path)
     (tmp_path / "file").write_text("")
     with pytest.raises(SettingsError, match="cannot write there"):
         Trace(tmp_path / "file" / "below", "x", 0, 1, lag=0)
-
-
-def test_not_traced_is_the_core_itself() -> None:
-    core: Any = object()
-    assert traced(core, None) is core
 
 
 # --- the merge
@@ -232,9 +227,7 @@ def test_a_file_that_is_no_trace(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 
 def traced_loop(rank: int, world_size: int, store: Any, folder: str, lag: int, slow: int) -> int:
-    with Exchange(store, rank, world_size, lag=lag, window_bytes=1024) as exchange:
-        trace = Trace(folder, exchange.name, rank, world_size, lag)
-        exchange._core = traced(exchange._core, trace)
+    with Exchange(store, rank, world_size, lag=lag, window_bytes=1024, trace=folder) as exchange:
         handles: deque[Any] = deque()
         for _ in range(40):
             exchange.begin()
@@ -270,8 +263,7 @@ def test_trace_of_an_exchange(tmp_path: Path, lag: int, capsys: pytest.CaptureFi
 
 
 def failing_loop(rank: int, world_size: int, store: Any, folder: str) -> None:
-    with Exchange(store, rank, world_size, window_bytes=64) as exchange:
-        exchange._core = traced(exchange._core, Trace(folder, exchange.name, rank, world_size, 0))
+    with Exchange(store, rank, world_size, window_bytes=64, trace=folder) as exchange:
         if rank == 0:
             with pytest.raises(PeerTimeout):
                 exchange.post(np.zeros(world_size)).wait(timeout=0.05)

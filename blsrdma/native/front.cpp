@@ -380,6 +380,17 @@ PyObject* received_item(PyObject* self, Py_ssize_t index) {
   });
 }
 
+// All of them at once: who iterates asks for all, and the end of a sequence by IndexError would cost more than its items.
+PyObject* received_iterate(PyObject* self) {
+  return guarded([&] {
+    const Received& received = *nb::inst_ptr<Received>(self);
+    const std::uint32_t ranks = received.of().front().ranks;
+    const nb::object all = nb::steal(PyTuple_New(ranks));
+    for (std::uint32_t q = 0; q < ranks; ++q) PyTuple_SET_ITEM(all.ptr(), q, item(received, q).release().ptr());
+    return nb::steal(PyObject_GetIter(all.ptr()));
+  });
+}
+
 PyObject* received_subscript(PyObject* self, PyObject* key) {
   return guarded([&] { return subscript(*nb::inst_ptr<Received>(self), key); });
 }
@@ -387,6 +398,7 @@ PyObject* received_subscript(PyObject* self, PyObject* key) {
 PyType_Slot received_slots[] = {
     {Py_sq_length, reinterpret_cast<void*>(received_length)},
     {Py_sq_item, reinterpret_cast<void*>(received_item)},
+    {Py_tp_iter, reinterpret_cast<void*>(received_iterate)},
     {Py_mp_length, reinterpret_cast<void*>(received_length)},
     {Py_mp_subscript, reinterpret_cast<void*>(received_subscript)},
     {0, nullptr},
