@@ -62,8 +62,8 @@ def launcher(python: str) -> Path:
 def plan(runtime: str, ranks: int, cores: int, interpreters: Interpreters, transport: str = "default") -> Launch:
     """How to start `ranks` ranks of a runtime. Raises Unavailable with the reason."""
     common = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTHONPATH": _python_path()}
-    if runtime in ("bls", "gloo", "nccl"):
-        return _torch(runtime, ranks, common | (TRANSPORTS[transport] if runtime == "bls" else {}))
+    if runtime in ("bls", "bls-torch", "gloo", "nccl"):
+        return _torch(runtime, ranks, common | (TRANSPORTS[transport] if runtime.startswith("bls") else {}))
     if runtime == "mpich":
         return _mpich(ranks, cores, interpreters.find("mpich"), common)
     return _openmpi(runtime, ranks, cores, interpreters.find("openmpi"), common)
@@ -75,7 +75,7 @@ def _torch(runtime: str, ranks: int, common: dict[str, str]) -> Launch:
 
         if (gpus := torch.cuda.device_count()) < ranks:
             raise Unavailable(f"NCCL wants one GPU for each rank: {ranks} ranks, {gpus} GPUs")
-    extra = {"GLOO_SOCKET_IFNAME": "lo"} if runtime == "gloo" else {}
+    extra = {"GLOO_SOCKET_IFNAME": "lo"} if runtime in ("bls-torch", "gloo") else {}
     command = [sys.executable, "-m", "bench.rank", runtime]
     # The resolver is asked for the name of every address; where no name server answers, each question takes 5 s.
     return Launch(command, True, common | extra | {"RES_OPTIONS": os.environ.get("RES_OPTIONS", "timeout:1")})

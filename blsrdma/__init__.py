@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING
 from blsrdma.errors import BlsrdmaError
 
 if TYPE_CHECKING:
+    from blsrdma.backend import Options
     from blsrdma.exchange import Exchange
     from blsrdma.handle import Handle, Received
 
-__all__ = ["BlsrdmaError", "Exchange", "Handle", "Received", "__version__"]
+__all__ = ["BlsrdmaError", "Exchange", "Handle", "Options", "Received", "__version__"]
 
 try:
     __version__ = version("blsrdma")
@@ -24,7 +25,12 @@ except PackageNotFoundError:  # a source tree that has not been installed
     __version__ = "0+unknown"
 
 
-_ROOMS = {"Exchange": "blsrdma.exchange", "Handle": "blsrdma.handle", "Received": "blsrdma.handle"}
+_ROOMS = {
+    "Exchange": "blsrdma.exchange",
+    "Handle": "blsrdma.handle",
+    "Options": "blsrdma.backend",
+    "Received": "blsrdma.handle",
+}
 
 
 def __getattr__(name: str) -> object:

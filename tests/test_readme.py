@@ -32,14 +32,21 @@ def run(command: list[str], folder: Path) -> str:
     return done.stdout
 
 
-def test_the_example_runs_as_it_stands(tmp_path: Path) -> None:
-    (example,) = [block for block in blocks("python") if "alltoall.py" in block]
+@pytest.mark.parametrize(
+    ("script", "says"),
+    [
+        ("alltoall.py", r"rank \d was up to [012] iterations ahead"),
+        ("backend.py", r"rank \d of 2 is done; the ranks add up to 1"),
+    ],
+)
+def test_an_example_runs_as_it_stands(script: str, says: str, tmp_path: Path) -> None:
+    (example,) = [block for block in blocks("python") if f"# {script}" in block]
     first = example.splitlines()[0]
-    assert "torchrun --nproc-per-node 4 alltoall.py" in first
-    (tmp_path / "alltoall.py").write_text(example)
+    assert f"torchrun --nproc-per-node 4 {script}" in first
+    (tmp_path / script).write_text(example)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    said = run([*torchrun, "alltoall.py"], tmp_path)
-    assert len(re.findall(r"rank \d was up to [012] iterations ahead", said)) == 2
+    said = run([*torchrun, script], tmp_path)
+    assert len(re.findall(says, said)) == 2
 
 
 def test_every_command_is_known_here() -> None:

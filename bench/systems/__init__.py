@@ -22,6 +22,9 @@ SYSTEMS = {
     "bls-wait": Kind(
         "bls", "blsrdma, waits but looks at no message: to see where time goes", ours=True, diagnostic=True
     ),
+    "bls-out": Kind("bls", "blsrdma, each wait(out=...) into one preallocated array", ours=True, diagnostic=True),
+    "bls-torch": Kind("bls-torch", "torch.distributed, bls: all_to_all_single", ours=True, blocking=True),
+    "bls-torch-nb": Kind("bls-torch", "the same with async_op=True, lag + 1 in flight", ours=True),
     "gloo": Kind("gloo", "torch.distributed, gloo: all_to_all_single", blocking=True),
     "gloo-nb": Kind("gloo", "the same with async_op=True, lag + 1 in flight"),
     "mpich": Kind("mpich", "MPICH: MPI_Alltoallv through mpi4py", blocking=True),
@@ -34,7 +37,7 @@ SYSTEMS = {
 }
 
 # The module of bench.systems that serves a runtime.
-MODULES = {"bls": "ours", "gloo": "torch_group", "nccl": "torch_group"}
+MODULES = {"bls": "ours", "bls-torch": "torch_group", "gloo": "torch_group", "nccl": "torch_group"}
 MODULES |= {"mpich": "mpi", "openmpi": "mpi", "openmpi-ucx": "mpi"}
 
 DEFAULT = ["bls", "bls-copy", "gloo", "mpich", "mpich-nb", "openmpi", "openmpi-nb"]

@@ -43,7 +43,7 @@ class Ours(Runtime):
         return {"blsrdma": blsrdma.__version__, "UCX": version, "torch": torch.__version__, "numpy": np.__version__}
 
     def open(self, job: Job) -> System:
-        kinds: dict[str, type[Views]] = {"bls": Views, "bls-copy": CopyOut, "bls-wait": WaitOnly}
+        kinds: dict[str, type[Views]] = {"bls": Views, "bls-copy": CopyOut, "bls-out": WaitOut, "bls-wait": WaitOnly}
         return kinds[job.system](job, self.store)
 
 
@@ -123,6 +123,23 @@ class CopyOut(Views):
             if own is not None:
                 pieces[self.job.rank] = own
             self.consume(handle.iteration, pieces)
+        handle.release()
+
+
+class WaitOut(Views):
+    """What the backend of torch.distributed does with an Exchange, and nothing more."""
+
+    def __init__(self, job: Job, store: TCPStore) -> None:
+        super().__init__(job if job.copy_self else job.without_self(), store, copy_self=False)
+        self._expected = [np.array(counts, np.int64) for counts in self.job.received()]
+        out = np.zeros(max(map(sum, self.job.received())), np.uint8)
+        self._outs = [out[: counts.sum()] for counts in self._expected]
+
+    def complete(self, handle: Handle) -> None:
+        phase = handle.iteration % self.phases
+        received = handle.wait(out=self._outs[phase], counts=self._expected[phase])
+        if self.consume is not None:
+            self.consume(handle.iteration, list(received))
         handle.release()
 
 

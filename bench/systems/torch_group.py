@@ -1,4 +1,4 @@
-"""torch.distributed's all_to_all_single: gloo on host memory, NCCL on GPUs."""
+"""torch.distributed's all_to_all_single: bls and gloo on host memory, NCCL on GPUs."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch.distributed import TCPStore
 
 from bench.systems.base import Job, Runtime, System
+from blsrdma.backend import Options
 
 
 class TorchGroup(Runtime):
@@ -33,20 +34,25 @@ class TorchGroup(Runtime):
         if self.name == "nccl":
             torch.cuda.set_device(self.device)
         store = TCPStore("127.0.0.1", hellos[0]["port"], is_master=False, timeout=timedelta(seconds=120))
-        dist.init_process_group(self.name, store=store, rank=self.rank, world_size=self.ranks)
+        backend = self.name.removesuffix("-torch")
+        dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.ranks)
         return {"torch": torch.__version__, "numpy": np.__version__}
 
     def open(self, job: Job) -> System:
         kind = NonBlocking if job.system.endswith("-nb") else Blocking
-        return kind(job if job.copy_self else job.without_self(), self.device)
+        group = None
+        if self.name == "bls-torch":  # a group has one lag
+            group = dist.new_group(pg_options=Options(lag=job.lag, window_bytes=job.largest))
+        return kind(job if job.copy_self else job.without_self(), self.device, group)
 
     def close(self) -> None:
         dist.destroy_process_group()
 
 
 class _AllToAll(System):
-    def __init__(self, job: Job, device: torch.device, depth: int) -> None:
+    def __init__(self, job: Job, device: torch.device, group: dist.ProcessGroup | None, depth: int) -> None:
         super().__init__(job)
+        self.group = group  # None: that of all
         self.depth = depth
         self.device = device
         self.sent, self.received = job.sent(), job.received()
@@ -64,7 +70,7 @@ class _AllToAll(System):
             if send.is_cuda:
                 send.copy_(torch.from_numpy(host))
         work: dist.Work | None = dist.all_to_all_single(
-            self.outs[slot][phase], send, self.received[phase], self.sent[phase], async_op=asynchronous
+            self.outs[slot][phase], send, self.received[phase], self.sent[phase], self.group, asynchronous
         )
         return work
 
@@ -77,13 +83,15 @@ class _AllToAll(System):
 
     def close(self) -> None:
         self.sends, self.outs = [], []
+        if self.group is not None:
+            dist.destroy_process_group(self.group)
 
 
 class Blocking(_AllToAll):
     """One operation, complete when the call returns."""
 
-    def __init__(self, job: Job, device: torch.device) -> None:
-        super().__init__(job, device, depth=1)
+    def __init__(self, job: Job, device: torch.device, group: dist.ProcessGroup | None) -> None:
+        super().__init__(job, device, group, depth=1)
 
     def turn(self, i: int) -> None:
         self.start(i, asynchronous=False)
@@ -96,8 +104,8 @@ class Blocking(_AllToAll):
 class NonBlocking(_AllToAll):
     """lag + 1 operations in flight."""
 
-    def __init__(self, job: Job, device: torch.device) -> None:
-        super().__init__(job, device, depth=job.lag + 1)
+    def __init__(self, job: Job, device: torch.device, group: dist.ProcessGroup | None) -> None:
+        super().__init__(job, device, group, depth=job.lag + 1)
         self._works: list[dist.Work | None] = [None] * self.depth
 
     def turn(self, i: int) -> None:

@@ -1,4 +1,4 @@
-"""torch's own distributed test-suite; by hand: python -m tests.backend.torch_suite."""
+"""torch's own distributed test-suite. `bash ci/torch-suites` runs it; by hand: python -m tests.backend.torch_suite."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import pytest
 
 from tests.backend.torch_suite import FAMILIES, run_family
 
-pytest.importorskip("expecttest", reason="torch's test-suite needs expecttest")
+pytest.importorskip("expecttest", reason="torch's test-suite needs expecttest: bash ci/torch-suites")
+pytestmark = pytest.mark.slow
 
 
 def test_all_to_all_family():
@@ -14,7 +15,6 @@ def test_all_to_all_family():
     assert len(outcomes) == 12 and set(outcomes.values()) == {"ok"}, outcomes
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"all_to_all"}))
 def test_as_many_as_gloo(family):
     ours, theirs = run_family(family, "bls"), run_family(family, "gloo")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 import torch.distributed as dist
 
-from tests.backend.groups import both, group, same
+from tests.backend.groups import both, group, in_turn, same
 from tests.ranks import run_ranks
 
 
@@ -88,9 +90,19 @@ def _inference(rank, world):
     return results
 
 
-@pytest.mark.parametrize("work", [_ddp, _dtensor, _functional, _inference])
-def test_same_as_on_gloo(work):
-    run_ranks(both, 2, work)
+def _fsdp(rank, world):
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(0)
+    mesh = dist.init_device_mesh("cpu", (world,))
+    model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
+    fully_shard(model, mesh=mesh)
+    model(torch.randn(4, 8)).sum().backward()
+    return [p.grad.full_tensor() for p in model.parameters()]
+
+
+def test_same_as_on_gloo():
+    run_ranks(in_turn, 2, *(partial(both, work=work) for work in (_ddp, _dtensor, _functional, _inference, _fsdp)))
 
 
 @pytest.mark.slow
@@ -111,25 +123,6 @@ def _more_than_gloo(rank, world, store):
         same(received * 1, z.conj().reshape(2, 2)[rank].repeat(2))
 
 
-def test_more_than_gloo():
-    run_ranks(_more_than_gloo, 2)
-
-
-def _fsdp(rank, world):
-    from torch.distributed.fsdp import fully_shard
-
-    torch.manual_seed(0)
-    mesh = dist.init_device_mesh("cpu", (world,))
-    model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
-    fully_shard(model, mesh=mesh)
-    model(torch.randn(4, 8)).sum().backward()
-    return [p.grad.full_tensor() for p in model.parameters()]
-
-
-def test_fsdp_same_as_on_gloo():
-    run_ranks(both, 2, _fsdp)
-
-
 def _profiled(rank, world, store):
     with group(rank, world, store):
         data, output = torch.ones(world), torch.empty(world)
@@ -142,10 +135,6 @@ def _profiled(rank, world, store):
         assert counts["bls:all_to_all"] == 3 and counts["bls:wait"] == 1 and counts["gloo:all_reduce"] == 1
 
 
-def test_profiler():
-    run_ranks(_profiled, 2)
-
-
 def _threads(rank, world, store):
     """Autograd's thread does the all_to_all of the backward pass, while this one waits for it."""
     from torch.distributed.nn.functional import all_to_all_single
@@ -153,10 +142,10 @@ def _threads(rank, world, store):
     with group(rank, world, store, lag=1):
         leaf = torch.arange(2.0 * world, requires_grad=True)
         out = torch.empty(2 * world)
-        result = all_to_all_single(out, leaf)
+        result = all_to_all_single(out, leaf, group=dist.group.WORLD)
         (result * (rank + 1)).sum().backward()
         same(leaf.grad, torch.arange(1.0, world + 1).repeat_interleave(2))
 
 
-def test_autograd():
-    run_ranks(_threads, 2)
+def test_more_than_gloo_profiler_and_autograd():
+    run_ranks(in_turn, 2, _more_than_gloo, _profiled, _threads)

@@ -60,9 +60,6 @@ def _badness(outcome: str) -> int:
 
 
 def _run(rank: int, world: int, store: Any, backend: str, prefixes: list[str]) -> dict[str, str]:
-    from blsrdma.backend import register
-
-    register()
     suite: Any = importlib.import_module("torch.testing._internal.distributed.distributed_test")
     suite.BACKEND = backend
     common = importlib.import_module("torch.testing._internal.common_distributed")
