@@ -1,7 +1,8 @@
 """Bounded lag synchronous collectives over UCX one-sided puts.
 
 `Exchange` is the product: an irregular all-to-all in which a rank may run up to `lag` iterations ahead of the slowest,
-and whose results are late but never stale. Importing this package loads neither UCX nor torch; using `Exchange` does.
+and whose results are late but never stale; `Lookup` pools rows of tables that are spread over the ranks, without a
+collective. Importing this package loads neither UCX nor torch; using `Exchange` does.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ if TYPE_CHECKING:
     from blsrdma.backend import Options
     from blsrdma.exchange import Exchange
     from blsrdma.handle import Handle, Received
+    from blsrdma.lookup import Lookup
+    from blsrdma.lookup_tables import Bags, Rows
 
-__all__ = ["BlsrdmaError", "Exchange", "Handle", "Options", "Received", "__version__"]
+__all__ = ["Bags", "BlsrdmaError", "Exchange", "Handle", "Lookup", "Options", "Received", "Rows", "__version__"]
 
 try:
     __version__ = version("blsrdma")
@@ -26,10 +29,13 @@ except PackageNotFoundError:  # a source tree that has not been installed
 
 
 _ROOMS = {
+    "Bags": "blsrdma.lookup_tables",
     "Exchange": "blsrdma.exchange",
     "Handle": "blsrdma.handle",
+    "Lookup": "blsrdma.lookup",
     "Options": "blsrdma.backend",
     "Received": "blsrdma.handle",
+    "Rows": "blsrdma.lookup_tables",
 }
 
 

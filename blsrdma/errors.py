@@ -105,3 +105,35 @@ class WindowCorrupt(PeerFailed):
 
 class DtypeMismatch(PeerFailed):
     """A peer posted another element type in the same iteration."""
+
+
+class BagsError(BlsrdmaError, ValueError):
+    """Bags that cannot be looked up; raised before anything is asked for.
+
+    Attributes: `table`; `position` in its indices or offsets, `value` there, or None where the whole is meant.
+    """
+
+    def __init__(self, message: str, table: int, position: int | None = None, value: int | None = None) -> None:
+        super().__init__(message)
+        self.table = table
+        self.position = position
+        self.value = value
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (str(self), self.table, self.position, self.value)
+
+
+class LookupRefused(BlsrdmaError):
+    """An owner refused a request that this rank had found good: a foreign write, or another list of tables there.
+
+    Attributes: `rank`, the owner; `table` and `index` where one is to blame, else None.
+    """
+
+    def __init__(self, message: str, rank: int, table: int | None, index: int | None) -> None:
+        super().__init__(message)
+        self.rank = rank
+        self.table = table
+        self.index = index
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (str(self), self.rank, self.table, self.index)

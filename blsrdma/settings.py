@@ -130,6 +130,8 @@ class Settings:
         environment = os.environ if environment is None else environment
         known = {"BLSRDMA_" + field.name.upper(): field.name for field in fields(Settings)}
         for variable in environment:
+            if variable.startswith("BLSRDMA_LOOKUP_"):
+                continue  # blsrdma.lookup_settings knows them
             if variable.startswith("BLSRDMA_") and variable not in known and variable not in OTHER_VARIABLES:
                 near = difflib.get_close_matches(variable, known, 1)
                 hint = f"; did you mean {near[0]}?" if near else f"; known: {', '.join(sorted(known))}"

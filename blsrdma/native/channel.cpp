@@ -65,7 +65,7 @@ void Channel::post(const Header& header, const std::byte* payload, std::uint64_t
   if (mapped_) {
     std::byte* window = mapped_ + geometry_.window(peer_, self_, iteration);
     std::memcpy(window, &header, sizeof header);
-    if (bytes) std::memcpy(window + kHeaderBytes, payload, bytes);
+    if (bytes && payload != window + kHeaderBytes) std::memcpy(window + kHeaderBytes, payload, bytes);
     publish(mapped_counter(kCounterOffset), Counter::of(iteration + 1, epoch_));
     done_.store(iteration + 1, std::memory_order_relaxed);
     return;

@@ -48,6 +48,11 @@ class Channel final : public Driven {
   // From the thread that owns the exchange. Iterations are consecutive from 0; room() must hold. The header is sealed;
   // `payload` is what goes into the window, the message or the Descriptor of a large one, which is copied.
   void post(const Header& header, const std::byte* payload, std::uint64_t bytes);
+  // Where the payload of message `iteration` belongs, to be written in place before post() is given the same address; none
+  // where it has to be put.
+  std::byte* place(std::uint64_t iteration) const {
+    return mapped_ ? mapped_ + geometry_.window(peer_, self_, iteration) + kHeaderBytes : nullptr;
+  }
   // Wake the peer if it sleeps in a wait; after a sequentially consistent fence.
   void wake() const {
     if (mapped_) Sleeper(mapped_).wake();
@@ -68,6 +73,7 @@ class Channel final : public Driven {
   // On the progress thread.
   void warm_up();  // the first put: makes UCX connect now and not in iteration 0
   bool warm() const { return outstanding_ == 0; }
+  ucp_ep_h endpoint() const { return endpoint_; }
   void beat() { beating_ = true; }  // send heartbeats from now on
   void orphan() { on_broken_ = [](std::uint32_t, ucs_status_t) {}; }
   // Get `bytes` at `from`, in the peer's memory that `rkey` opens, into `to`; then *left is one less. Never, if the

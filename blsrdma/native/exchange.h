@@ -24,6 +24,7 @@
 
 #include "arena.h"
 #include "channel.h"
+#include "doorbell.h"
 #include "fabric.h"
 #include "failure.h"
 #include "inbox.h"
@@ -159,19 +160,6 @@ class Exchange {
     std::atomic<bool>& busy_;
     bool mine_;
   };
-  // Wakes a waiting caller of this rank when UCX has moved something, perhaps a counter, into its memory.
-  class Doorbell final : public Driven {
-   public:
-    explicit Doorbell(Sleeper sleeper) : sleeper_(sleeper) {}
-    void stirred() override {
-      std::atomic_thread_fence(std::memory_order_seq_cst);
-      sleeper_.wake();
-    }
-
-   private:
-    Sleeper sleeper_;
-  };
-
   Record& record(std::uint64_t iteration) { return *records_[iteration % records_.size()]; }
   const Record& record(std::uint64_t iteration) const { return *records_[iteration % records_.size()]; }
   Outcome fail(Outcome outcome, std::uint32_t rank, std::uint64_t iteration, std::string text = "");

@@ -23,6 +23,8 @@ enum class Outcome : int {
   tag_mismatch,    // rank declared another element type: a there, b here
   concurrent,      // another thread is in a call on this exchange
   interrupted,     // Config::interrupted said so
+  bad_bags,        // of a lookup: bags that cannot be looked up; see Fault
+  refused,         // of a lookup: rank, an owner, says that of bags that this rank has not found bad
 };
 
 struct Details {

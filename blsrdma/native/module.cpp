@@ -14,6 +14,7 @@
 
 #include "exchange.h"
 #include "front.h"
+#include "module_lookup.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -107,7 +108,9 @@ NB_MODULE(_native, m) {
       .value("COUNT_SUM", Outcome::count_sum)
       .value("CORRUPT", Outcome::corrupt)
       .value("TAG_MISMATCH", Outcome::tag_mismatch)
-      .value("CONCURRENT", Outcome::concurrent);
+      .value("CONCURRENT", Outcome::concurrent)
+      .value("BAD_BAGS", Outcome::bad_bags)
+      .value("REFUSED", Outcome::refused);
 
   nb::class_<Fabric>(m, "Fabric")
       .def("__init__",
@@ -225,4 +228,5 @@ NB_MODULE(_native, m) {
            "code"_a, "blamed"_a, "text"_a, "timeout_ns"_a);
 
   bind_front(m);
+  bind_lookup(m);
 }

@@ -1,0 +1,418 @@
+"""Pooled lookups in tables that are spread over the ranks, without a collective: `Lookup`.
+
+    with Lookup({3: my_rows, 5: other_rows}, lag=4) as lookup:      # under torchrun; each rank names the tables it owns
+        asked = deque()
+        for batch in batches:
+            if len(asked) > lookup.lag:
+                use(*asked.popleft().wait())                        # float32 [bags, dim] for each table asked
+            asked.append(lookup.ask([Bags(3, indices, offsets), Bags(9, ...)]))
+
+A rank asks the owners of the tables it needs, and nobody else waits for it: ranks need not make the same number of
+requests, nor at the same time. Others are answered apart from the rank's own loop, by a thread that needs no GIL.
+
+mode "put": requests and responses are put into windows (blsrdma.request_windows); the owner pools. mode "get": the
+tables lie in registered memory, and the requester reads the rows it needs by one-sided loads and pools them itself; the
+owner's processor takes no part. Either way a bag is pooled wholly at one place by the same kernel, in index order: the
+bits are the same, and are those of torch.nn.functional.embedding_bag on float32.
+
+One thread at a time calls a Lookup and its handles. Waits release the GIL.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from blsrdma import hosts, request_windows
+from blsrdma.asked import Asked, places
+from blsrdma.errors import BlsrdmaError, ExchangeClosed, MemoryLimitExceeded, PeerFailed, SettingsError
+from blsrdma.fabric import Fabric
+from blsrdma.lookup_errors import lookup_error
+from blsrdma.lookup_settings import LookupSettings
+from blsrdma.lookup_tables import FORMATS, Bags, Rows, TableFacts, address, describe, describe_bags, directory
+from blsrdma.peers import Neighbours, arena_facts, whoami
+from blsrdma.rendezvous import Rendezvous, Round, environment_ranks, store_from_environment
+from blsrdma.settings import default_memory_limit, format_size, timeout_ns
+from blsrdma.ucx import native
+from blsrdma.windows import LINE_BYTES, WindowGeometry, round_up
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from types import TracebackType
+
+    from torch.distributed import Store
+
+    from blsrdma.asked import Out
+    from blsrdma.lookup_tables import Array
+
+log = logging.getLogger("blsrdma")
+
+_CLOSED, _ERRED, _BEREAVED = 1, 2, 3  # as in native/layout.h
+
+_open: weakref.WeakSet[Lookup] = weakref.WeakSet()
+_quarantine: list[Any] = []  # what a peer may still write into: kept until the process ends
+
+
+class Lookup:
+    """Bags of any rank's tables, pooled.
+
+    Parameters:
+        tables: the tables that this rank owns, by number: float32 or float16 matrices [rows, dim], or `Rows`. They are
+            used where they lie in put mode, and must not change; in get mode they are copied into registered memory.
+        store, rank, world_size, name: as for an Exchange; a Lookup and an Exchange of one name must not share a store.
+        lag: asks of this rank that may be incomplete at a time, less one.
+        mode, request_bytes, response_bytes, pooling, serve, serve_share, on_peer_failure, default_row: see
+            blsrdma.lookup_settings; timeout, close_timeout, keepalive, direct, checksum, memory_limit: see
+            blsrdma.settings.
+
+    Raises, on every rank well before the deadline: SettingsError for bad values, or a table with two owners;
+    MemoryLimitExceeded before anything is allocated; SettingsMismatch; RendezvousError.
+    """
+
+    def __init__(
+        self,
+        tables: Mapping[int, Rows | Array],
+        store: Store | None = None,
+        rank: int | None = None,
+        world_size: int | None = None,
+        *,
+        name: str = "lookup",
+        **settings: Any,
+    ) -> None:
+        self._closed = True  # until it is open
+        self._forked = False
+        if rank is None or world_size is None:
+            rank, world_size = environment_ranks()
+        self.rank, self.world_size, self.name = rank, world_size, name
+        refusal: SettingsError | None = None
+        try:
+            self.settings = LookupSettings.resolve(**settings)
+        except SettingsError as error:
+            refusal, self.settings = error, LookupSettings.resolve({})
+        common = self.settings.common
+        if store is None:
+            store = store_from_environment(rank, world_size, common.timeout)
+        self._store = store
+        rendezvous = Rendezvous(store, name, rank, world_size, common.timeout)
+        self._in_flight: dict[int, Asked] = {}
+        try:
+            if refusal is not None:
+                raise refusal
+            described = [describe(table, rank, rows) for table, rows in sorted(tables.items())]
+            own = self._placed([facts for facts, _ in described])
+            self._geometry = request_windows.geometries(
+                world_size, common.lag, self.settings.request_bytes, self.settings.response_bytes
+            )
+            self._refuse_what_cannot_be(own)
+            self._timeout_ns = timeout_ns(common.timeout)
+            self._fabric = Fabric.of_process()
+            self._arenas = [self._fabric.allocate(each.arena_bytes) for each in self._geometry]
+            if self.settings.mode == "get":
+                self._arenas.append(self._fabric.allocate(self._tables_bytes(own)))
+            self._data = self._stored(own, [data for _, data in described])
+        except BaseException as error:
+            rendezvous.report(error)
+            raise
+        mine = [{"table": t.table, "rows": t.rows, "dim": t.dim, "format": t.format, "offset": t.offset} for t in own]
+        blob = whoami(self._fabric) | {"tables": mine, "arenas": [arena_facts(each) for each in self._arenas]}
+        met = rendezvous.meet(self.settings.agreed(), _flat(blob))
+        self._epoch = met.epoch
+        self._core = self._connect(rendezvous, met)
+        self._closed = False
+        _open.add(self)
+        log.info(
+            "lookup %r: rank %d of %d, lag %d, mode %s, %d tables, %d of them here: %s registered; kernel %s",
+            name, rank, world_size, self.lag, self.settings.mode, len(self.tables), len(own),
+            format_size(self.memory_bytes), native.pool_instructions(),
+        )  # fmt: skip
+
+    # --- what it is
+
+    @property
+    def lag(self) -> int:
+        """Asks that may be incomplete when another one is made."""
+        return self.settings.common.lag
+
+    @property
+    def memory_bytes(self) -> int:
+        """Registered memory of this rank, in bytes."""
+        return int(sum(arena.size for arena in self._arenas))
+
+    @property
+    def tables(self) -> tuple[TableFacts, ...]:
+        """All ranks' tables, in the order of their numbers."""
+        return tuple(self._tables)
+
+    # --- the loop
+
+    def ask(self, bags: Sequence[Bags], out: Sequence[Out | None] | None = None, timeout: float | None = None) -> Asked:
+        """Ask for bags to be pooled, of this rank's own tables or of others'. Returns their handle.
+
+        Parameters:
+            bags: see Bags. Their memory belongs to the lookup until the handle is complete.
+            out: for each of them, where its pooled rows go: float32 [bags, dim] whose rows are contiguous, such as a
+                slice t of a tensor [samples, tables, dim]; or None for memory of its own.
+            timeout: seconds, for the lag bound.
+
+        Waits only while lag + 1 asks are incomplete. Nothing has been asked when it raises: BagsError naming table,
+        position and value; PeerTimeout. A failed owner is told by the handle's wait().
+        """
+        self._usable()
+        placed = places(bags, out, self._by_number)
+        parts = []
+        mean = self.settings.pooling == "mean"
+        for each, place in zip(bags, placed, strict=True):
+            indices, count, offsets, number, weights = describe_bags(each)
+            parts.append(
+                (self._numbers[each.table], mean, indices, count, offsets, number, weights, place.address, place.stride)
+            )
+        outcome, number = self._core.ask(parts, self._ns(timeout))
+        if outcome:
+            raise self._error(outcome)
+        if len(self._in_flight) > self.lag:
+            for old in [asked for asked in self._in_flight.values() if asked.dropped]:
+                self._forget(old)
+        asked = self._in_flight[number] = Asked(self, number, list(bags), [place.result for place in placed])
+        return asked
+
+    def finish(self, timeout: float | None = None) -> None:
+        """This rank asks no more: serve the others until all of them say the same, or have left or failed.
+
+        Called at the end of a `with` block that ends well. Raises PeerTimeout naming the ranks that still ask.
+        """
+        self._usable()
+        outcome = self._core.finish(self._ns(timeout))
+        if outcome:
+            raise self._error(outcome)
+
+    # --- what it did
+
+    def stats(self) -> dict[str, Any]:
+        """What happened so far: `asks`, `memory_bytes`, and `peers`, one entry per rank:
+
+        - path: self, direct (stores into mapped memory), put (UCX), read (get mode: its tables are mapped here); and
+          transport, UCX's choice for puts;
+        - asked of it: requests, request_bytes, response_bytes, bags, rows, wait_ns (of waits in which it was missing),
+          degraded (bags that were answered with the default row);
+        - served to it: requests, bags, rows, refused, busy_ns.
+        """
+        self._usable()
+        peers = []
+        for q in range(self.world_size):
+            asked = ("requests", "request_bytes", "response_bytes", "bags", "rows", "wait_ns", "degraded")
+            served = ("requests", "bags", "rows", "refused", "busy_ns")
+            path = "self" if q == self.rank else self._path(q)
+            peers.append(
+                {"rank": q, "path": path, "transport": self._core.transport(q) if path == "put" else "",
+                 "asked": dict(zip(asked, self._core.stats(q), strict=True)),
+                 "served": dict(zip(served, self._core.served(q), strict=True))}
+            )  # fmt: skip
+        return {"asks": self._core.next, "memory_bytes": self.memory_bytes, "peers": peers}
+
+    # --- the end
+
+    def close(self, error: BaseException | None = None) -> None:
+        """Leave. Peers that still ask this rank get PeerLeft, or PeerFailed with the text of `error`. Returns within
+        `close_timeout`: peers that have not closed by then keep this rank's windows alive. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        _open.discard(self)
+        if os.getpid() != self._fabric.pid:
+            return  # a fork's child: nothing here is its own
+        code, blamed, text = _CLOSED, 0, "it closed the lookup"
+        if isinstance(error, PeerFailed):
+            code, blamed, text = _BEREAVED, error.rank, str(error)
+        elif error is not None:
+            code, text = _ERRED, f"{type(error).__name__}: {error}"
+        short = text.encode()[: native.FAREWELL_TEXT_BYTES].decode(errors="ignore")
+        if not self._core.close(code, blamed, short, timeout_ns(self.settings.common.close_timeout)):
+            log.info("lookup %r: peers had not closed after %g s; its windows are kept", self.name,
+                     self.settings.common.close_timeout)  # fmt: skip
+            _quarantine.append((self._core, self._arenas, self._fabric, self._data))
+        self._in_flight = {}
+
+    def __enter__(self) -> Lookup:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if error is None and not self._closed:
+                self.finish()
+        except BaseException as late:
+            error = late
+            raise
+        finally:
+            self.close(error)
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else f"lag {self.lag}, mode {self.settings.mode}"
+        return f"<Lookup {self.name!r}: rank {self.rank} of {self.world_size}, {state}>"
+
+    # --- inside
+
+    def _placed(self, own: list[TableFacts]) -> list[TableFacts]:
+        """Where each of the rank's own tables will lie in its arena of tables."""
+        at = LINE_BYTES
+        placed = []
+        for facts in own:
+            placed.append(TableFacts(facts.table, facts.owner, facts.rows, facts.dim, facts.format, at))
+            at += round_up(facts.nbytes, LINE_BYTES)
+        return placed
+
+    def _tables_bytes(self, own: list[TableFacts]) -> int:
+        return LINE_BYTES + sum(round_up(facts.nbytes, LINE_BYTES) for facts in own)
+
+    def _refuse_what_cannot_be(self, own: list[TableFacts]) -> None:
+        settings = self.settings
+        if settings.request_bytes < request_windows.LEAST_REQUEST_BYTES:
+            raise SettingsError(
+                f"request_bytes = {settings.request_bytes}: must be at least {request_windows.LEAST_REQUEST_BYTES}"
+            )
+        widest = max((facts.dim for facts in own), default=0)
+        if settings.response_bytes < 4 * widest:
+            raise SettingsError(
+                f"response_bytes = {settings.response_bytes}: must hold one pooled row, {4 * widest} bytes"
+            )
+        limit = settings.common.memory_limit
+        if limit is None:
+            limit = default_memory_limit(int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size)))
+        windows = [geometry.arena_bytes for geometry in self._geometry]
+        rows = self._tables_bytes(own) if settings.mode == "get" else 0
+        if sum(windows) + rows > limit:
+            raise MemoryLimitExceeded(
+                f"lookups need {format_size(sum(windows) + rows)} per rank ({format_size(windows[0])} of request "
+                f"windows, {format_size(windows[1])} of response windows, {format_size(rows)} of registered tables); "
+                f"memory_limit is {format_size(limit)}"
+            )
+
+    def _stored(self, own: list[TableFacts], data: list[Array]) -> dict[int, tuple[int, object]]:
+        """Address of each own table's rows, and what keeps it alive."""
+        if self.settings.mode == "put":
+            return {facts.table: (address(rows), rows) for facts, rows in zip(own, data, strict=True)}
+        arena = self._arenas[-1]
+        memory = arena.array()
+        stored: dict[int, tuple[int, object]] = {}
+        for facts, rows in zip(own, data, strict=True):
+            view = memory[facts.offset : facts.offset + facts.nbytes]
+            view[:] = np.asarray(rows).reshape(-1).view(np.uint8)
+            stored[facts.table] = (arena.address + facts.offset, view)
+        return stored
+
+    def _connect(self, rendezvous: Rendezvous, met: Round) -> native.Lookup:
+        blobs = [_deep(blob) for blob in met.blobs]
+        error: BaseException | None = None
+        core = None
+        try:
+            self._tables = directory([blob["tables"] for blob in blobs])
+            widest = max((facts.dim for facts in self._tables), default=0)
+            if self.settings.response_bytes < 4 * widest:
+                raise SettingsError(f"response_bytes = {self.settings.response_bytes}: must be at least {4 * widest}")
+            self._numbers = {facts.table: number for number, facts in enumerate(self._tables)}
+            self._by_number = {facts.table: facts for facts in self._tables}
+            self._neighbours = Neighbours(blobs, self.rank)
+            core = self._make_core(met.epoch)
+            peers = [
+                (q, blob["address"], [(each["rkey"], each["base"], each["token"]) for each in blob["arenas"]])
+                for q, blob in enumerate(blobs) if q != self.rank
+            ]  # fmt: skip
+            core.connect(peers, self._neighbours.pidfds(), self._timeout_ns)
+        except BaseException as failed:
+            error = failed
+        try:
+            rendezvous.confirm(error)
+        except BlsrdmaError:
+            if core is not None and not core.close(_ERRED, 0, "it could not connect", timeout_ns(1.0)):
+                _quarantine.append((core, self._arenas, self._fabric, self._data))
+            if isinstance(error, SettingsError):
+                raise error from None
+            raise
+        assert core is not None
+        return core
+
+    def _make_core(self, epoch: int) -> native.Lookup:
+        settings, common = self.settings, self.settings.common
+        tables = [
+            (facts.owner, facts.dim, FORMATS.index(facts.format), facts.rows, facts.offset,
+             self._data[facts.table][0] if facts.owner == self.rank else 0)
+            for facts in self._tables
+        ]  # fmt: skip
+        # Whoever spins takes a core from somebody who works, unless there are enough for a loop and a server of each.
+        free = 2 * self._neighbours.here <= hosts.cores()
+        return native.Lookup(
+            self._fabric.native, self._arenas[0], self._arenas[1], tables,
+            (_native(self._geometry[0]), _native(self._geometry[1])), self.rank, common.lag, epoch, common.direct,
+            common.checksum, settings.mode == "get", settings.serve == "inline",
+            settings.on_peer_failure == "degrade", settings.default_row, settings.serve_share,
+            timeout_ns(common.keepalive), (2000 if free else 0, 1000 if free else 20), (2000 if free else 0, 2),
+        )  # fmt: skip
+
+    def _path(self, peer: int) -> str:
+        if self._core.readable(peer):
+            return "read"
+        return "direct" if self._core.direct(peer) else "put"
+
+    def _usable(self) -> None:
+        if self._forked:
+            raise BlsrdmaError(
+                f"lookup {self.name!r} was made before this process was forked; only the parent can use it"
+            )
+        if self._closed:
+            raise ExchangeClosed(f"lookup {self.name!r} is closed")
+
+    def _ns(self, timeout: float | None) -> int:
+        return self._timeout_ns if timeout is None else timeout_ns(timeout)
+
+    def _forget(self, asked: Asked) -> None:
+        """The core needs this ask no more, if it is complete."""
+        if not self._closed and self._core.ready(asked.number):
+            self._core.forget(asked.number)
+            self._in_flight.pop(asked.number, None)
+
+    def _state(self, peer: int) -> str:
+        return self._neighbours.state(peer, self._core.silence_ns(peer))
+
+    def _error(self, outcome: int) -> BlsrdmaError:
+        return lookup_error(outcome, self._core, self.name, self.rank, self._tables, self._state)
+
+
+def _native(geometry: WindowGeometry) -> native.Geometry:
+    made = native.Geometry()
+    for field in ("ranks", "windows", "window_bytes", "window_stride", "control_offset", "windows_offset",
+                  "staging_offset", "arena_bytes"):  # fmt: skip
+        setattr(made, field, getattr(geometry, field))
+    return made
+
+
+def _flat(blob: dict[str, Any]) -> dict[str, Any]:
+    """A rendezvous carries bytes at the top level only."""
+    flat = {key: value for key, value in blob.items() if key != "arenas"}
+    flat["arenas"] = len(blob["arenas"])
+    return flat | {f"{key}/{n}": value for n, each in enumerate(blob["arenas"]) for key, value in each.items()}
+
+
+def _deep(flat: Mapping[str, Any]) -> dict[str, Any]:
+    arenas = [{key: flat[f"{key}/{n}"] for key in ("rkey", "base", "token")} for n in range(flat["arenas"])]
+    return {**flat, "arenas": arenas}
+
+
+def _forked() -> None:
+    for lookup in list(_open):
+        lookup._forked = True
+
+
+os.register_at_fork(after_in_child=_forked)
+
+
+@atexit.register
+def _close_what_is_open() -> None:
+    for lookup in [each for each in _open if each._fabric.pid == os.getpid()]:
+        log.warning("lookup %r was not closed before the interpreter ended", lookup.name)
+        lookup.close(BlsrdmaError("the interpreter ended without close()"))

@@ -1,0 +1,184 @@
+// Lookups without a collective: what one rank asks of the owners of tables, pair by pair, and its own serving of others.
+//
+// An ask is a set of bags of any tables. Bags whose rows can be read here (one's own tables, and those that are mapped) are
+// pooled here; the others are asked for: request n to an owner goes into its window n % (lag + 1), the response comes into
+// window n % (lag + 1) here, and its arrival is the acknowledgement. Request n is written when the response to n - lag - 1
+// has been consumed, that is, copied to where the caller wants it. At most lag + 1 asks are incomplete at a time. Nobody
+// waits for a rank whose rows it does not need, and a failed owner fails the asks that need it, and no others.
+//
+// One thread at a time calls a Lookup; its server has a thread of its own (serve.h), or serves within these calls.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "arena.h"
+#include "channel.h"
+#include "doorbell.h"
+#include "fabric.h"
+#include "failure.h"
+#include "inbox.h"
+#include "liveness.h"
+#include "query.h"
+#include "serve.h"
+#include "wait.h"
+
+namespace blsrdma {
+
+struct AskStats {  // of one owner
+  std::uint64_t requests = 0;
+  std::uint64_t request_bytes = 0;
+  std::uint64_t response_bytes = 0;
+  std::uint64_t bags = 0;  // asked for, or read there, or one's own
+  std::uint64_t rows = 0;
+  std::uint64_t wait_ns = 0;   // waits in which it was missing
+  std::uint64_t degraded = 0;  // bags that were answered with default rows
+};
+
+class Lookup {
+ public:
+  struct Config {
+    Geometry requests;
+    Geometry responses;
+    std::uint32_t rank = 0;
+    std::uint32_t lag = 0;
+    std::uint64_t epoch = 0;
+    bool allow_direct = true;
+    bool checksums = false;
+    bool read = false;           // get: read the rows of owners whose tables are mapped, and ask only the others
+    bool serve_inline = false;   // within this rank's calls, else by a thread
+    bool degrade = false;        // a failed owner's bags are answered with `instead`
+    float instead = 0.0f;
+    double share = 1.0;          // of a core, for the serving thread
+    std::uint64_t keepalive_ns = kNever;
+    WaitPolicy wait;
+    WaitPolicy serving;
+    std::function<bool()> interrupted;
+  };
+  struct Peer {
+    PeerAddress requests;   // its request arena
+    PeerAddress responses;  // its response arena
+    PeerAddress tables;     // its arena of tables; no rkey: not to be read
+  };
+
+  // `tables`: the same list on every rank; data of those that this rank owns.
+  Lookup(std::shared_ptr<Fabric> fabric, std::shared_ptr<Arena> requests, std::shared_ptr<Arena> responses,
+         std::vector<Table> tables, const Config& config);
+  ~Lookup();  // after close(); else what peers may still write is leaked on purpose
+  Lookup(const Lookup&) = delete;
+  Lookup& operator=(const Lookup&) = delete;
+
+  // As Exchange::connect; then the serving thread is at work.
+  void connect(const std::vector<Peer>& peers, std::vector<int> pidfds, std::uint64_t deadline_ns);
+
+  // Ask for bags, and give the ask's number. Waits only while lag + 1 asks are incomplete. What the parts point to is read
+  // and written until the ask is complete. Nothing has been asked unless the outcome is ok.
+  Outcome ask(const std::vector<Part>& parts, std::uint64_t deadline_ns, std::uint64_t& number);
+  // Wait until all bags of an ask are pooled. A failure stays with the ask until forget().
+  Outcome wait(std::uint64_t number, std::uint64_t deadline_ns);
+  bool ready(std::uint64_t number);  // whether wait() would return at once
+  void forget(std::uint64_t number);
+  std::vector<std::uint32_t> missing(std::uint64_t number) const;  // owners that have not answered it
+  // No more asks: serve the others until they say the same, or have left.
+  Outcome finish(std::uint64_t deadline_ns);
+
+  const Details& details() const { return details_; }
+  const Fault& fault() const { return fault_; }
+  const AskStats& stats(std::uint32_t owner) const { return stats_[owner]; }
+  const ServeStats& served(std::uint32_t client) const { return server_->stats(client); }
+  bool direct(std::uint32_t peer) const { return peers_[peer].asking && peers_[peer].asking->direct(); }
+  bool readable(std::uint32_t owner) const { return peers_[owner].mapped; }
+  std::string transport(std::uint32_t peer) const;
+  std::uint64_t silence_ns(std::uint32_t peer) const { return liveness_ ? liveness_->silence_ns(peer) : 0; }
+  std::uint64_t next() const { return next_; }
+
+  // As Exchange::close.
+  bool close(std::uint32_t code, std::uint32_t blamed, const std::string& text, std::uint64_t deadline_ns);
+
+ private:
+  struct Ask {
+    std::uint64_t number = 0;
+    std::vector<Part> parts;
+    std::vector<const Part*> here;  // those that are pooled here
+    std::uint32_t left = 0;  // owners that have not answered
+    Outcome outcome = Outcome::ok;
+    Details details;
+    Fault fault;
+  };
+  // What one ask wants of one owner.
+  struct Job {
+    std::uint64_t number = kNever;  // the ask's
+    Ask* ask = nullptr;
+    std::vector<const Part*> parts;
+    Cursor cursor;
+    std::uint64_t in_flight = 0;
+    bool failed = false;
+    bool written() const { return failed || cursor.part == parts.size(); }
+  };
+  struct Slot {  // of a request that has been sent
+    Job* job = nullptr;
+    std::vector<Landing> landings;
+  };
+  struct PeerState {
+    Channel* asking = nullptr;       // requests to it
+    Channel* answering = nullptr;    // responses to it
+    ucp_rkey_h tables = nullptr;
+    std::byte* mapped = nullptr;     // its tables
+    std::vector<Job> jobs;           // job j at j % (lag + 1)
+    std::uint64_t oldest = 0;        // incomplete job
+    std::uint64_t writing = 0;       // job that has not been written into requests wholly
+    std::uint64_t end = 0;
+    std::uint64_t sent = 0;          // requests
+    std::uint64_t received = 0;      // responses consumed
+    std::vector<Slot> slots;
+    std::vector<std::vector<std::byte>> staging;  // requests on their way, where they are put
+    std::unique_ptr<Failure> failure;
+    bool lost = false;               // it has failed, and all that was wanted of it, too
+  };
+
+  Outcome fail(Outcome outcome, std::uint32_t rank, std::string text = "");
+  Outcome result(Ask& ask);
+  bool reads(const Table& table) const;
+  bool pump();
+  void pump(std::uint32_t owner);
+  void consume(std::uint32_t owner, PeerState& peer);
+  void write(std::uint32_t owner, PeerState& peer);
+  void retire(PeerState& peer);
+  void lose(std::uint32_t owner, Outcome outcome, const std::string& text);
+  void find_failures();
+  template <typename Done>
+  Outcome until(Done&& done, std::uint64_t deadline_ns);
+  void broken(std::uint32_t peer, std::string why);
+  bool has_left(std::uint32_t peer) const;
+  void disconnect();
+
+  std::shared_ptr<Fabric> fabric_;
+  std::shared_ptr<Arena> requests_arena_;
+  std::shared_ptr<Arena> responses_arena_;
+  std::vector<Table> tables_;
+  const Config config_;
+  Inbox responses_;
+  std::unique_ptr<Server> server_;
+  std::unique_ptr<Liveness> liveness_;
+  std::unique_ptr<Doorbell> request_bell_, response_bell_;
+  std::vector<std::unique_ptr<Channel>> asking_, answering_;  // by rank; none for oneself
+  std::vector<PeerState> peers_;
+  std::vector<AskStats> stats_;
+  std::map<std::uint64_t, std::unique_ptr<Ask>> asks_;
+  std::vector<std::unique_ptr<Ask>> spare_;
+  Scratch scratch_;
+  std::uint64_t next_ = 0;
+  std::atomic<bool> busy_{false};
+  std::uint64_t asked_ns_ = 0;
+  std::uint64_t looked_ns_ = 0;  // for failures
+  Details details_;
+  Fault fault_;
+  bool closed_ = false;
+};
+
+}  // namespace blsrdma
