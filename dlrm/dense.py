@@ -1,10 +1,11 @@
-"""The dense work of one rank for one batch: its slice of the samples, whole or in blocks of fixed shape.
+"""The dense work of one rank for one batch: its slice of the samples, in blocks.
 
 How a matrix product, and a sigmoid, rounds depends on the shape it is given, on the row a sample sits in (the last
 rows and elements take other code paths) and on alignment. With a block size B the batch is cut into blocks of B
 rows that start at multiples of B in the *batch*, and a sample always sits in the same row of its block, whichever
-rank evaluates it; rows of other ranks are padding. Every tensor that enters a matrix product is allocated for it,
-so it is 64-byte aligned. Then the bits depend neither on the number of ranks nor on who owns which sample.
+rank evaluates it; rows of other ranks are padding, and hold whatever was there before. Every tensor that enters a
+matrix product is allocated for it, so it is 64-byte aligned. Then the bits depend neither on the number of ranks nor
+on who owns which sample. Without a block size the slice is cut evenly into blocks that fit the caches.
 """
 
 from __future__ import annotations
@@ -14,14 +15,19 @@ from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from dlrm.placement import Run
+from dlrm.placement import Run, split
+from dlrm.timeline import clock
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from dlrm.model import Dense
+
+CACHED_ROWS = 256  # of a block, where no size is asked for
+VECTORS_ALIGN = 4
+KEPT_SPACES = 8  # of different sizes
 
 
 @dataclass(frozen=True)
@@ -40,11 +46,12 @@ class Block:
 
 
 def blocks(samples: range, size: int) -> list[Block]:
-    """Cut a slice of a batch into blocks; `size` 0: one block of exactly the slice."""
+    """Cut a slice of a batch into blocks of `size` rows; 0: into as many as CACHED_ROWS asks for, without padding."""
     if not samples:
         return []
     if size == 0:
-        return [Block(0, len(samples), 0, len(samples))]
+        parts = split(len(samples), -(-len(samples) // CACHED_ROWS))
+        return [Block(part.start, part.stop, 0, len(part)) for part in parts]
     found = []
     at = samples.start
     while at < samples.stop:
@@ -54,15 +61,35 @@ def blocks(samples: range, size: int) -> list[Block]:
     return found
 
 
-class DenseSlice:
-    """A batch's slice on its way: `bottom` at once, `fill` when the pooled vectors are here, then `predict`."""
+class DenseWork:
+    """The dense half of a model with the memory to evaluate it; one for each thread that does."""
 
-    def __init__(self, model: Dense, samples: range, block: int) -> None:
-        self._model = model
+    def __init__(self, model: Dense, block: int) -> None:
+        self.model, self.block = model, block
+        self.assembly_ns = 0  # so long has it taken to bring vectors together
+        self._spaces: dict[int, Workspace] = {}
+
+    def slice(self, samples: range) -> DenseSlice:
+        """Begin the work on the samples of a batch that `samples` are."""
+        return DenseSlice(self, samples)
+
+    def space(self, rows: int) -> Workspace:
+        """Memory for a block of `rows` samples."""
+        if rows not in self._spaces:
+            while len(self._spaces) >= KEPT_SPACES:
+                del self._spaces[next(iter(self._spaces))]
+            self._spaces[rows] = Workspace(self.model, rows)
+        return self._spaces[rows]
+
+
+class DenseSlice:
+    """A batch's slice on its way: `bottom` at once, `predict` when the pooled vectors are here."""
+
+    def __init__(self, work: DenseWork, samples: range) -> None:
+        self._work = work
         self._samples = samples
-        self._blocks = blocks(samples, block)
-        self._bottoms: list[Tensor] = []
-        self._vectors: list[Tensor] = []
+        self._blocks = blocks(samples, work.block)
+        self._bottoms = torch.empty(len(samples), work.model.shape.dim)
 
     def bottom(self, dense: Tensor) -> None:
         """Evaluate the bottom MLP on this slice of the batch's dense features [B, D]."""
@@ -71,50 +98,112 @@ class DenseSlice:
     def bottom_of(self, mine: Tensor) -> None:
         """Evaluate the bottom MLP on the dense features of the slice itself, [n, D]."""
         for block in self._blocks:
-            rows = torch.zeros(block.size, mine.shape[1])
-            rows[block.rows] = mine[block.lo : block.hi]
-            self._bottoms.append(self._model.bottom(rows))
+            space = self._work.space(block.size)
+            space.inputs[block.rows] = mine[block.lo : block.hi]
+            self._bottoms[block.lo : block.hi] = space.bottom()[block.rows]
 
-    def fill(
-        self, parts: Sequence[Tensor], runs: Sequence[Run] | None = None, means: Mapping[int, Tensor] | None = None
-    ) -> None:
-        """Copy the pooled vectors, a tensor [n, tables of it, dim] per owner; then they may go.
+    def predict(
+        self,
+        parts: Sequence[Tensor],
+        runs: Sequence[Run] | None = None,
+        means: Mapping[int, Tensor] | None = None,
+        keep: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Logits [n] and click probabilities [n] of the slice, after `bottom`.
 
+        `parts` are the pooled vectors, a tensor [n, tables of it, dim] per owner; nothing refers to them afterwards.
         `runs` say where they belong (see `Placement.runs`); None: they are in table order. `means`: lengths [n, 1] by
-        which tables are divided once all parts of them are here.
+        which tables are divided once all parts of them are here. Assembled, they are copied to `keep` [n, T, dim].
         """
-        shape = self._model.shape
         if runs is None:
-            starts = accumulate((part.shape[1] for part in parts), initial=0)
-            runs = [Run(number, 0, table, part.shape[1]) for number, (table, part) in enumerate(zip(starts, parts))]  # noqa: B905 - one start too many
-        for block, bottom in zip(self._blocks, self._bottoms, strict=True):
-            padded = block.hi - block.lo < block.size
-            vectors = (torch.zeros if padded else torch.empty)(block.size, 1 + shape.num_tables, shape.dim)
-            vectors[:, 0] = bottom
+            runs = in_order(parts)
+        logits, probabilities = torch.empty(len(self._samples)), torch.empty(len(self._samples))
+        for block in self._blocks:
+            space, own = self._work.space(block.size), slice(block.lo, block.hi)
+            began = clock()
+            vectors = space.vectors[block.rows]
+            vectors[:, 0] = self._bottoms[own]
             for run in runs:
-                to = vectors[block.rows, 1 + run.table : 1 + run.table + run.count]
-                piece = parts[run.part][block.lo : block.hi, run.position : run.position + run.count]
+                to = vectors[:, 1 + run.table : 1 + run.table + run.count]
+                piece = parts[run.part][own, run.position : run.position + run.count]
                 if run.add:
                     to += piece
                 else:
                     to[:] = piece
             for table, lengths in (means or {}).items():
-                vectors[block.rows, 1 + table] /= lengths[block.lo : block.hi]
-            self._vectors.append(vectors)
-
-    def predict(self) -> tuple[Tensor, Tensor]:
-        """Logits [n] and click probabilities [n] of the slice, after `bottom` and `fill`."""
-        logits, probabilities = torch.empty(len(self._samples)), torch.empty(len(self._samples))
-        for block, vectors in zip(self._blocks, self._vectors, strict=True):
-            all_logits, all_probabilities = self._model.top(vectors)
-            logits[block.lo : block.hi] = all_logits[block.rows]
-            probabilities[block.lo : block.hi] = all_probabilities[block.rows]
+                vectors[:, 1 + table] /= lengths[own]
+            if keep is not None:
+                keep[own] = vectors[:, 1:]
+            self._work.assembly_ns += clock() - began
+            space.top()
+            logits[own], probabilities[own] = space.logits[block.rows], space.probabilities[block.rows]
         return logits, probabilities
 
-    def pooled(self) -> Tensor:
-        """A copy of the pooled vectors as received, [n, T, dim], after `fill`."""
-        shape = self._model.shape
-        copy = torch.empty(len(self._samples), shape.num_tables, shape.dim)
-        for block, vectors in zip(self._blocks, self._vectors, strict=True):
-            copy[block.lo : block.hi] = vectors[block.rows, 1:]
-        return copy
+
+def in_order(parts: Sequence[Tensor]) -> list[Run]:
+    """Runs of parts that have all tables in order."""
+    starts = accumulate((part.shape[1] for part in parts), initial=0)
+    return [Run(number, 0, table, part.shape[1]) for number, (table, part) in enumerate(zip(starts, parts))]  # noqa: B905 - one start too many
+
+
+class Workspace:
+    """Memory for one block of `rows` samples, allocated once, so that evaluating it allocates and copies little.
+
+    The interaction's vectors are padded with zeros to a multiple of VECTORS_ALIGN: such matrices multiply faster.
+    """
+
+    def __init__(self, model: Dense, rows: int) -> None:
+        shape = model.shape
+        self._model = model
+        self._pairs = model.pairs
+        count = 1 + shape.num_tables
+        dot = shape.interaction == "dot"
+        self.inputs = torch.zeros(rows, shape.bottom[0])
+        self._bottom = _Layers(model.bot_l, rows)
+        self._top = _Layers(model.top_l, rows)
+        padded = -(-count // VECTORS_ALIGN) * VECTORS_ALIGN if dot else count
+        self._all = torch.zeros(rows, padded, shape.dim)
+        self.vectors = self._all[:, :count]
+        self._features = torch.empty(rows, shape.top[0])
+        if dot:
+            self._turned = self._all.transpose(1, 2)
+            self._products = torch.empty(rows, padded, padded)
+            self._chosen = torch.empty(rows, len(self._pairs))
+            self._pairs = torch.div(self._pairs, count, rounding_mode="floor") * padded + self._pairs % count
+        self.logits = torch.empty(rows)
+        self.probabilities = torch.empty(rows)
+
+    def bottom(self) -> Tensor:
+        """The bottom MLP of `inputs`, [rows, dim]; overwritten by the next."""
+        return self._bottom(self.inputs).relu_()
+
+    def top(self) -> None:
+        """Interaction of `vectors` and top MLP: `logits` and `probabilities`."""
+        if self._model.shape.interaction == "cat":
+            features = self._all.view(len(self._all), -1)
+        else:
+            torch.bmm(self._all, self._turned, out=self._products)
+            products = self._products.view(len(self._products), -1)
+            torch.index_select(products, 1, self._pairs, out=self._chosen)
+            # One copy; index_select straight into a strided output takes five times as long.
+            features = torch.cat([self._all[:, 0], self._chosen], dim=1, out=self._features)
+        self.logits.copy_(self._top(features).view(-1))
+        torch.sigmoid(self.logits, out=self.probabilities)
+        threshold = self._model.loss_threshold
+        if 0 < threshold < 1:
+            self.probabilities.clamp_(threshold, 1 - threshold)
+
+
+class _Layers:
+    """An MLP's linear layers, with ReLU between them but not behind the last, into memory of their own."""
+
+    def __init__(self, mlp: nn.Sequential, rows: int) -> None:
+        linear = [layer for layer in mlp if isinstance(layer, nn.Linear)]
+        self._layers = [(layer.bias, layer.weight.t(), torch.empty(rows, layer.out_features)) for layer in linear]
+
+    def __call__(self, value: Tensor) -> Tensor:
+        for number, (bias, weight, out) in enumerate(self._layers):
+            if number:
+                value.relu_()
+            value = torch.addmm(bias, value, weight, out=out)
+        return value

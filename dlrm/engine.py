@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from dlrm import bags
-from dlrm.dense import DenseSlice
 from dlrm.tables import lengths
 from dlrm.timeline import Stopwatch, Timeline, clock
 
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
 
     from dlrm.data.batch import Batch
     from dlrm.delays import Delay
-    from dlrm.model import Dense
+    from dlrm.dense import DenseSlice, DenseWork
     from dlrm.placement import Placement
     from dlrm.routes import AlltoallvRoute, Flight
     from dlrm.tables import Tables
@@ -55,16 +54,26 @@ class _Pending:
 class Finish:
     """The last steps of every batch of a rank: its replicated tables, assembly, interaction and top MLP."""
 
-    def __init__(self, placement: Placement, replicated: Tables | None, mean: bool) -> None:
+    def __init__(self, placement: Placement, replicated: Tables | None, mean: bool, dim: int) -> None:
         self._runs = placement.runs
         self._replicated = replicated
         self._divided = placement.divided if mean else ()
+        self._tables, self._dim = placement.num_tables, dim
 
-    def fill(self, dense: DenseSlice, parts: list[Tensor], mine: Batch) -> None:
-        """Assemble the pooled vectors of the samples `mine` from one part per owner, [n, tables of it, dim]."""
+    def kept(self, mine: Batch) -> Tensor:
+        """Memory to keep the pooled vectors of the samples `mine` in."""
+        return torch.empty(mine.size, self._tables, self._dim)
+
+    def predict(
+        self, dense: DenseSlice, parts: list[Tensor], mine: Batch, keep: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Logits and probabilities of the samples `mine`, from one part per owner, [n, tables of it, dim].
+
+        Their pooled vectors [n, T, dim] are left in `keep`.
+        """
         if self._replicated is not None:
             parts = [*parts, self._replicated.lookup_all(mine)]
-        dense.fill(parts, self._runs, {table: lengths(mine, table) for table in self._divided})
+        return dense.predict(parts, self._runs, {table: lengths(mine, table) for table in self._divided}, keep)
 
 
 class Engine:
@@ -75,19 +84,18 @@ class Engine:
         rank: int,
         placement: Placement,
         route: AlltoallvRoute,
-        dense: Dense,
+        dense: DenseWork,
         *,
         delay: Delay,
-        block: int = 0,
         keep_pooled: bool = False,
         replicated: Tables | None = None,
         arrivals: Iterator[float] | None = None,
     ) -> None:
         self._rank, self._placement = rank, placement
         self._route, self._dense = route, dense
-        self._block, self._delay, self._keep_pooled = block, delay, keep_pooled
+        self._delay, self._keep_pooled = delay, keep_pooled
         self._replicated = replicated
-        self._finish = Finish(placement, replicated, route.tables.pooling == "mean")
+        self._finish = Finish(placement, replicated, route.tables.pooling == "mean", route.tables.dim)
         self._arrivals = arrivals
         self._pending: deque[_Pending] = deque()
         self.timeline = Timeline()
@@ -101,7 +109,7 @@ class Engine:
         timeline, route, pending = self.timeline, self._route, self._pending
         checked = {*route.tables.tables, *(self._replicated.tables if self._replicated else ())}
         with torch.inference_mode():
-            timeline.start = clock()
+            timeline.start, assembled = clock(), self._dense.assembly_ns
             self._watch = watch = Stopwatch()
             source = iter(batches)
             while True:
@@ -137,7 +145,7 @@ class Engine:
                     flight = route.post(pooled)
                 timeline.posted.append(clock())
                 samples = self._placement.samples(batch.size)[self._rank]
-                dense = DenseSlice(self._dense, samples, self._block)
+                dense = self._dense.slice(samples)
                 with timeline.phase("dense"):
                     dense.bottom(batch.dense)
                 pending.append(_Pending(flight, dense, batch.slice(samples.start, samples.stop)))
@@ -149,6 +157,7 @@ class Engine:
                 yield self._complete()
             timeline.drain = watch.lap()
             timeline.end = clock()
+            timeline.split("dense", "assemble", self._dense.assembly_ns - assembled)
 
     def _ready(self) -> bool:
         with self.timeline.phase("wait"), self._watch.away():
@@ -159,15 +168,13 @@ class Engine:
         pending = self._pending.popleft()
         with self.timeline.phase("wait"), self._watch.away():
             parts = pending.flight.wait()
+        pooled = self._finish.kept(pending.mine) if self._keep_pooled else None
         with self.timeline.phase("dense"):
-            self._finish.fill(pending.dense, parts, pending.mine)
-        del parts
-        with self._watch.away():
-            pending.flight.release()
-        with self.timeline.phase("dense"):
-            logits, probabilities = pending.dense.predict()
+            logits, probabilities = self._finish.predict(pending.dense, parts, pending.mine, pooled)
         self.timeline.emitted.append(clock())
-        pooled = pending.dense.pooled() if self._keep_pooled else None
+        del parts
+        with self.timeline.phase("wait"), self._watch.away():
+            pending.flight.release()
         return Predictions(pending.mine.first, logits, probabilities, pooled, pending.mine.labels)
 
     def _stall(self, iteration: int) -> None:

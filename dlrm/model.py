@@ -24,17 +24,20 @@ def seeded(seed: int, kind: int, number: int) -> np.random.Generator:
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, 0x313E1, kind, number])))
 
 
-def table_weight(seed: int, table: int, rows: int, dim: int) -> Tensor:
-    """Initial weight of a table, float32 [rows, dim]: uniform in +-sqrt(1 / rows), as in the reference."""
-    bound = np.float32(np.sqrt(1.0 / rows))
-    draws = seeded(seed, _TABLE, table).random((rows, dim), dtype=np.float32)
+def draw_table(seed: int, table: int, out: Tensor) -> None:
+    """Initial weight of a table into `out`, float32 [rows, dim]: uniform in +-sqrt(1 / rows), as in the reference."""
+    draws = out.numpy()
+    bound = np.float32(np.sqrt(1.0 / len(draws)))
+    seeded(seed, _TABLE, table).random(dtype=np.float32, out=draws)
     draws *= 2 * bound
     draws -= bound
-    return torch.from_numpy(draws)
 
 
 class Dense(nn.Module):
-    """What every rank holds whole: bottom MLP, interaction, top MLP; fp32, drawn from `seed`."""
+    """What every rank holds whole: bottom MLP, interaction, top MLP; fp32, drawn from `seed`.
+
+    The methods are the formulas, and can be differentiated (see `fit`); `dense` evaluates them in memory of its own.
+    """
 
     def __init__(self, shape: ModelShape, seed: int) -> None:
         super().__init__()
@@ -44,7 +47,7 @@ class Dense(nn.Module):
         vectors = shape.num_tables + 1
         offset = 1 if shape.itself else 0
         pairs = [i * vectors + j for i in range(vectors) for j in range(i + offset)]  # the reference's order
-        self._pairs = torch.tensor(pairs, dtype=torch.int64)
+        self.pairs = torch.tensor(pairs, dtype=torch.int64)
         self.loss_threshold = 0.0  # in between 0 and 1: probabilities are kept that far from 0 and from 1
 
     def bottom(self, dense: Tensor) -> Tensor:
@@ -58,8 +61,7 @@ class Dense(nn.Module):
         if self.shape.interaction == "cat":
             return vectors.reshape(batch, -1)
         products = torch.bmm(vectors, vectors.transpose(1, 2)).view(batch, -1)
-        # One copy; index_select straight into a strided output takes five times as long.
-        return torch.cat([vectors[:, 0], products.index_select(1, self._pairs)], dim=1)
+        return torch.cat([vectors[:, 0], products.index_select(1, self.pairs)], dim=1)
 
     def top(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
         """Interaction and top MLP: [B, 1 + T, dim] -> logits [B] (before the sigmoid) and click probabilities [B]."""

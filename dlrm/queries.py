@@ -23,7 +23,6 @@ import torch
 from blsrdma.errors import PeerTimeout
 from dlrm import bags
 from dlrm.data.batch import Batch
-from dlrm.dense import DenseSlice
 from dlrm.engine import NAP_SECONDS, Finish, Predictions
 from dlrm.timeline import Timeline, clock
 
@@ -34,7 +33,7 @@ if TYPE_CHECKING:
 
     from blsrdma import Exchange, Handle
     from dlrm.delays import Delay
-    from dlrm.model import Dense
+    from dlrm.dense import DenseSlice, DenseWork
     from dlrm.placement import Piece, Placement
     from dlrm.routes import AlltoallvRoute, Flight
     from dlrm.tables import Tables
@@ -141,18 +140,17 @@ class QueryEngine:
         placement: Placement,
         asking: Exchange,
         route: AlltoallvRoute,
-        dense: Dense,
+        dense: DenseWork,
         *,
         delay: Delay,
-        block: int = 0,
         keep_pooled: bool = False,
         replicated: Tables | None = None,
         arrivals: Iterator[float] | None = None,
     ) -> None:
         self._rank, self._placement = rank, placement
         self._asking, self._route, self._dense = asking, route, dense
-        self._block, self._delay, self._keep_pooled = block, delay, keep_pooled
-        self._finish = Finish(placement, replicated, route.tables.pooling == "mean")
+        self._delay, self._keep_pooled = delay, keep_pooled
+        self._finish = Finish(placement, replicated, route.tables.pooling == "mean", route.tables.dim)
         self._arrivals = arrivals
         self._asked: deque[_Asked] = deque()
         self._answered: deque[_Answered] = deque()
@@ -170,7 +168,7 @@ class QueryEngine:
         Raises BadIndex before anything of a bad batch is sent; whatever the exchanges raise passes through.
         """
         timeline = self.timeline
-        timeline.start = clock()
+        timeline.start, assembled = clock(), self._dense.assembly_ns
         source = iter(batches)
         with torch.inference_mode():
             self._read(source)
@@ -189,6 +187,7 @@ class QueryEngine:
                 else:
                     self._wait()
             timeline.end = clock()
+            timeline.split("dense", "assemble", self._dense.assembly_ns - assembled)
 
     def _read(self, source: Iterator[Own]) -> None:
         """The next own batch; None at their end."""
@@ -260,7 +259,7 @@ class QueryEngine:
         timeline.posted.append(clock())
         timeline.before.append(0)
         timeline.after.append(0)
-        dense = DenseSlice(self._dense, own.samples, self._block)
+        dense = self._dense.slice(own.samples)
         with timeline.phase("dense"):
             dense.bottom_of(own.batch.dense)
         self._asked.append(_Asked(handle, own, dense))
@@ -292,12 +291,10 @@ class QueryEngine:
         if own is None or dense is None:
             answered.flight.release()
             return None
+        pooled = self._finish.kept(own.batch) if self._keep_pooled else None
         with self.timeline.phase("dense"):
-            self._finish.fill(dense, parts, own.batch)
+            logits, probabilities = self._finish.predict(dense, parts, own.batch, pooled)
+        self.timeline.emitted.append(clock())
         del parts
         answered.flight.release()
-        with self.timeline.phase("dense"):
-            logits, probabilities = dense.predict()
-        self.timeline.emitted.append(clock())
-        pooled = dense.pooled() if self._keep_pooled else None
         return Predictions(own.batch.first, logits, probabilities, pooled, own.batch.labels)

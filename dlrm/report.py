@@ -41,7 +41,8 @@ def assemble(options: Options, timelines: list[NDArray[np.int64]], stats: list[d
     `wait_ms[q]` is what all ranks together waited for rank q, `wait_ms_by_rank[r][q]` what rank r did. `floor_ms` is
     how long the run had to take, given each rank's own work and delays as they were, were the exchange free (see
     timeline.floor; None in an open loop and where input is sharded).
-    `phases_ms[r]` is where the time of rank r went; `resident_bytes` its memory at the end, files not counted.
+    `phases_ms[r]` is where the time of rank r went (assemble: pooled vectors copied to where they are multiplied);
+    `resident_bytes` its memory at the end, files not counted.
     """
     runs = np.stack([one[:-1] for one in timelines])  # [ranks, iterations, columns]
     ends = np.stack([one[-1] for one in timelines])  # start, end, drain

@@ -38,8 +38,8 @@ class Flight:
 class AlltoallvRoute:
     """Iterations over an Exchange: `begin`, `lookup`, `post`, in this order, once for each batch.
 
-    What is posted belongs to the exchange until it is sent, so lookups go to a ring of buffers. It starts with lag + 2
-    of them and grows where messages take longer to leave.
+    What is posted belongs to the exchange until it is sent, so lookups that want memory get it from a ring of buffers,
+    which grows to lag + 2 of them, and further where messages take longer to leave.
     """
 
     def __init__(self, exchange: Exchange, tables: Tables, placement: Placement, batch_size: int) -> None:
@@ -47,9 +47,8 @@ class AlltoallvRoute:
         self.tables = tables
         self._placement = placement
         self._elements = batch_size * len(tables.owned) * tables.dim
-        self._ring: list[tuple[Tensor, Handle | None]] = [
-            (torch.empty(self._elements), None) for _ in range(exchange.lag + 2)
-        ]
+        self._ring: list[tuple[Tensor, Handle | None]] = []
+        self._lent = False  # the last buffer of the ring, since the latest post
 
     @property
     def lag(self) -> int:
@@ -67,6 +66,7 @@ class AlltoallvRoute:
 
     def buffer(self) -> Tensor:
         """Memory for the next lookup."""
+        self._lent = True
         for position, (memory, handle) in enumerate(self._ring):
             if handle is None or handle.sent():
                 self._ring.append(self._ring.pop(position))
@@ -77,7 +77,7 @@ class AlltoallvRoute:
 
     def lookup(self, batch: Batch) -> Tensor:
         """The pooled vectors of this rank's tables for the whole batch, [B, tables, dim]."""
-        return self.tables.lookup(batch, self.buffer())
+        return self.tables.lookup(batch, self.buffer)
 
     def post(self, pooled: Tensor) -> Flight:
         """Send the latest lookup: to each rank the rows of its samples."""
@@ -87,6 +87,8 @@ class AlltoallvRoute:
         """Send the latest lookup [sum of samples, tables, dim]: the first samples[0] to rank 0, and so on."""
         row = pooled.shape[1] * pooled.shape[2]
         handle = self._exchange.post(pooled.view(-1), [count * row for count in samples])
-        self._ring[-1] = (self._ring[-1][0], handle)
+        if self._lent:
+            self._ring[-1] = (self._ring[-1][0], handle)
+            self._lent = False
         widths = [(len(tables), self.tables.dim) for tables in self._placement.tables]
         return Flight(handle, samples[self._exchange.rank], widths)

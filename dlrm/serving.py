@@ -16,6 +16,7 @@ import torch
 
 from dlrm import checkpoint as checkpoints
 from dlrm import collect, delays, kernels
+from dlrm.dense import DenseWork
 from dlrm.engine import Engine, Predictions
 from dlrm.model import Dense
 from dlrm.placement import Placement
@@ -131,14 +132,14 @@ def serve(
         route = AlltoallvRoute(exchange("", max(64, window)), model.tables, placement, total)
         settings: dict[str, Any] = {
             "delay": delays.NoDelay(),
-            "block": dense_block,
             "replicated": model.replicated,
             "arrivals": arrivals and arrivals.times(rank, rank if input == "sharded" else 0),
         }
+        dense = DenseWork(model.dense, dense_block)
         if input == "replicated":
-            running = Engine(rank, placement, route, model.dense, **settings).run(source)
+            running = Engine(rank, placement, route, dense, **settings).run(source)
         else:
-            queries = QueryEngine(rank, placement, exchange("/queries", asked), route, model.dense, **settings)
+            queries = QueryEngine(rank, placement, exchange("/queries", asked), route, dense, **settings)
             running = queries.run(Own(batch, range(batch.size)) for batch in source)
         with torch.inference_mode():
             yield from running

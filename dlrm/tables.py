@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
 
 from dlrm import bags, kernels
-from dlrm.model import table_weight
+from dlrm.model import draw_table
 from dlrm.placement import Piece
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from dlrm.data.batch import Batch
     from dlrm.kernels import Kernel
@@ -42,17 +43,18 @@ class Tables(nn.Module):
         self.kernel = kernel or kernels.choose(32)
         self.pooling = pooling
         self.emb_l = nn.ModuleDict()
-        self._weights: list[Tensor] = []
-        for piece in self.owned:
-            rows = self._rows(piece)
+        sizes = [len(self._rows(piece)) for piece in self.owned]
+        self._all = self.kernel.empty(sum(sizes), self.dim)  # one table after another
+        self._weights = torch.split(self._all, sizes) if sizes else ()
+        self._starts = torch.tensor([0, *accumulate(sizes)][:-1], dtype=torch.int64)
+        self._whole = all(piece.rows is None for piece in self.owned)
+        self._offsets = torch.empty(0, dtype=torch.int64)
+        for piece, stored in zip(self.owned, self._weights, strict=True):
+            if seed is not None:
+                self._draw(piece, seed, stored)
             holder = nn.Module()
-            if seed is None:
-                stored = self.kernel.empty(len(rows), self.dim)
-            else:
-                stored = self._stored(table_weight(seed, piece.table, shape.table_rows[piece.table], self.dim), rows)
             holder.weight = nn.Parameter(stored, requires_grad=False)
             self.emb_l[str(piece.table)] = holder
-            self._weights.append(stored)
 
     @property
     def tables(self) -> tuple[int, ...]:
@@ -61,7 +63,7 @@ class Tables(nn.Module):
 
     def nbytes(self) -> int:
         """Bytes of all rows as stored."""
-        return sum(weight.nbytes for weight in self._weights)
+        return self._all.nbytes
 
     def row_bytes(self) -> int:
         """Bytes of one sample's pooled vectors."""
@@ -85,15 +87,17 @@ class Tables(nn.Module):
             else:
                 self.kernel.store(source, stored)
 
-    def lookup(self, batch: Batch, out: Tensor) -> Tensor:
-        """Pool the bags of the whole batch into `out`, float32 of at least B * T * dim elements; [B, T, dim] of it.
+    def lookup(self, batch: Batch, memory: Callable[[], Tensor]) -> Tensor:
+        """Pool the bags of the whole batch, float32 [B, T, dim]: in memory of the kernel's, or in what `memory` gives.
 
         Samples are outermost, so what goes to one rank is contiguous. A bag is summed in index order, whatever the
         batch size or the number of tables; of a piece only the rows that are here count, and mean pooling of it is
-        left to the receiver, who has all lengths. Indices must have been checked (see `bags`).
+        left to the receiver, who has all lengths. Indices must have been checked (see `bags`). `memory` is called
+        where it is needed, for a float32 vector of at least B * T * dim elements.
         """
-        size = batch.size * len(self.owned) * self.dim
-        pooled = out[:size].view(batch.size, len(self.owned), self.dim)
+        if self._whole and self._one_row_each(batch):
+            return self._rows_of(batch)
+        pooled = memory()[: batch.size * len(self.owned) * self.dim].view(batch.size, len(self.owned), self.dim)
         if not batch.size:
             return pooled
         for position, (piece, weight) in enumerate(zip(self.owned, self._weights, strict=True)):
@@ -108,17 +112,43 @@ class Tables(nn.Module):
 
     def lookup_all(self, batch: Batch) -> Tensor:
         """`lookup` into memory of its own."""
-        return self.lookup(batch, torch.empty(batch.size * len(self.owned) * self.dim))
+        return self.lookup(batch, lambda: torch.empty(batch.size * len(self.owned) * self.dim))
+
+    def _one_row_each(self, batch: Batch) -> bool:
+        """Whether there are bags, and each has one row."""
+        if not batch.size or not self.owned:
+            return False
+        seen: set[int] = set()  # tables often share their offsets
+        for table in self.tables:
+            offsets = batch.offsets[table]
+            if len(batch.indices[table]) != batch.size:
+                return False
+            if id(offsets) not in seen and not bool((offsets.diff() == 1).all()):
+                return False
+            seen.add(id(offsets))
+        return True
+
+    def _rows_of(self, batch: Batch) -> Tensor:
+        """Bags of one row: all tables at once, so that every vector is written just once, where it belongs."""
+        rows = torch.stack([batch.indices[table] for table in self.tables], dim=1).add_(self._starts).view(-1)
+        scales = None
+        if batch.weights is not None:
+            scales = torch.stack([batch.weights[table] for table in self.tables], dim=1).view(-1)
+        if len(self._offsets) <= len(rows):
+            self._offsets = torch.arange(len(rows) + 1)
+        pooled = self.kernel.pool(self._all, rows, self._offsets[: len(rows) + 1], scales)
+        return pooled.float().view(batch.size, len(self.owned), self.dim)
 
     def _rows(self, piece: Piece) -> range:
         return range(self.table_rows[piece.table]) if piece.rows is None else piece.rows
 
-    def _stored(self, weight: Tensor, rows: range) -> Tensor:
-        if self.kernel.bits == 32 and len(rows) == len(weight):
-            return weight
-        stored = self.kernel.empty(len(rows), self.dim)
-        self.kernel.store(weight[rows.start : rows.stop], stored)
-        return stored
+    def _draw(self, piece: Piece, seed: int, stored: Tensor) -> None:
+        whole = self.kernel.bits == 32 and piece.rows is None
+        weight = stored if whole else torch.empty(self.table_rows[piece.table], self.dim)
+        draw_table(seed, piece.table, weight)
+        if not whole:
+            rows = self._rows(piece)
+            self.kernel.store(weight[rows.start : rows.stop], stored)
 
 
 def lengths(batch: Batch, table: int) -> Tensor:

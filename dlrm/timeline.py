@@ -19,7 +19,7 @@ clock = time.monotonic_ns  # one clock for all processes of a host
 # Columns of Timeline.array().
 BEGIN, POSTED, EMITTED, BEFORE, AFTER, SLEPT, ARRIVED = range(7)
 COLUMNS = 7
-PHASES = ("read", "lookup", "post", "wait", "dense")
+PHASES = ("read", "lookup", "post", "wait", "assemble", "dense")
 
 
 @dataclass
@@ -57,6 +57,11 @@ class Timeline:
             yield
         finally:
             self.phases[name] += clock() - started
+
+    def split(self, name: str, part: str, nanoseconds: int) -> None:
+        """Count that much of a phase towards another one."""
+        self.phases[name] -= nanoseconds
+        self.phases[part] += nanoseconds
 
 
 class Stopwatch:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dlrm.dense import DenseSlice
+from dlrm.dense import DenseWork
 from dlrm.tables import lengths
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class SingleProcess:
         self, tables: Tables, dense: Dense, placement: Placement, block: int, parts: Sequence[Tables] = ()
     ) -> None:
         """`parts`: the pieces of tables that are cut by rows, in rank order; `tables` has all others, whole."""
-        self._tables, self._dense, self._placement, self._block = tables, dense, placement, block
+        self._tables, self._dense, self._placement = tables, DenseWork(dense, block), placement
         self._parts = parts
 
     def evaluate(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
@@ -42,10 +42,9 @@ class SingleProcess:
             pooled = self._lookup(batch)
             logits, probabilities = [], []
             for samples in self._placement.samples(batch.size):
-                piece = DenseSlice(self._dense, samples, self._block)
+                piece = self._dense.slice(samples)
                 piece.bottom(batch.dense)
-                piece.fill([pooled[samples.start : samples.stop]])
-                piece_logits, piece_probabilities = piece.predict()
+                piece_logits, piece_probabilities = piece.predict([pooled[samples.start : samples.stop]])
                 logits.append(piece_logits)
                 probabilities.append(piece_probabilities)
         return pooled, torch.cat(logits), torch.cat(probabilities)

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from dlrm import checkpoint, collect, delays, kernels, metrics, planner, report
 from dlrm.data import open_source
 from dlrm.data.batch import Batch, preload, recut
-from dlrm.dense import DenseSlice
+from dlrm.dense import DenseWork
 from dlrm.engine import Engine, Predictions
 from dlrm.model import Dense
 from dlrm.queries import Own, QueryEngine, largest_query
@@ -70,6 +70,7 @@ class Worker:
         self._state = None  # unmap the files
         if rank == 0:
             log.info("tables are stored and pooled by %s (%s)", self.kernel.name, options.pooling)
+        self._work = DenseWork(self.dense, options.dense_block)
         self._warm_up()
 
     def batches(self) -> Iterator[Batch]:
@@ -104,7 +105,6 @@ class Worker:
             route = AlltoallvRoute(rows, self.tables, self.placement, options.mini_batch_size)
             arrivals = options.arrivals()
             settings: dict[str, Any] = {
-                "block": options.dense_block,
                 "delay": delays.parse(options.delay, options.delay_seed),
                 "keep_pooled": options.digest,
                 "replicated": self._replicated,
@@ -115,10 +115,10 @@ class Worker:
             engine: Engine | QueryEngine
             if sharded:
                 asking = exchange("/queries", options.lag, options.window_bytes or self._query_bytes)
-                engine = QueryEngine(self.rank, self.placement, asking, route, self.dense, **settings)
+                engine = QueryEngine(self.rank, self.placement, asking, route, self._work, **settings)
                 running = engine.run(self._own(batches))
             else:
-                engine = Engine(self.rank, self.placement, route, self.dense, **settings)
+                engine = Engine(self.rank, self.placement, route, self._work, **settings)
                 running = engine.run(batches)
             collect.barrier(collector)
             results = list(self._watched(running))
@@ -206,11 +206,10 @@ class Worker:
         """Evaluate the dense model once, so that the first iteration does not pay for torch's own start."""
         size = self.options.mini_batch_size
         samples = self.placement.samples(size)[self.rank]
-        piece = DenseSlice(self.dense, samples, self.options.dense_block)
+        piece = self._work.slice(samples)
         with torch.inference_mode():
             piece.bottom(torch.zeros(size, self.shape.bottom[0]))
-            piece.fill([torch.zeros(len(samples), self.shape.num_tables, self.shape.dim)])
-            piece.predict()
+            piece.predict([torch.zeros(len(samples), self.shape.num_tables, self.shape.dim)])
 
     def _watched(self, results: Iterator[Predictions]) -> Iterator[Predictions]:
         """Pass results on; at rank 0 with a progress bar on a terminal and a line of log every --print-freq batches."""

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dlrm.data.uniform import Uniform
-from dlrm.dense import DenseSlice, blocks
+from dlrm.dense import DenseWork, blocks
 from dlrm.model import Dense
 from dlrm.placement import Placement
 from dlrm.shape import ModelShape, interaction_width
@@ -117,10 +117,11 @@ def test_pooled_vectors_come_from_parts_in_table_order() -> None:
     wanted = Tables(whole, range(5), 1).lookup_all(batch)
     parts = [Tables(whole, owned, 1).lookup_all(batch)[2:7] for owned in Placement(5, 7).tables]
     assert [part.shape[1] for part in parts] == [1, 1, 1, 1, 1, 0, 0]
-    piece = DenseSlice(Dense(whole, 1), range(2, 7), 4)
+    piece = DenseWork(Dense(whole, 1), 4).slice(range(2, 7))
     piece.bottom(batch.dense)
-    piece.fill(parts)
-    assert torch.equal(piece.pooled(), wanted[2:7])
+    pooled = torch.empty(5, 5, DIM)
+    piece.predict(parts, keep=pooled)
+    assert torch.equal(pooled, wanted[2:7])
 
 
 def test_first_difference_names_sample_and_table() -> None:

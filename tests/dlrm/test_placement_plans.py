@@ -10,7 +10,7 @@ import torch
 
 from dlrm import kernels, planner
 from dlrm.data.uniform import Uniform
-from dlrm.dense import DenseSlice
+from dlrm.dense import DenseWork
 from dlrm.errors import OptionError
 from dlrm.model import Dense
 from dlrm.placement import Piece, Placement, read
@@ -114,11 +114,11 @@ def test_whatever_the_placement_the_vectors_are_those_of_one_process(pooling: st
             parts = [one.lookup_all(batch)[samples.start : samples.stop] for one in own]
             if found.replicated:
                 parts.append(copies.lookup_all(mine))
-            piece = DenseSlice(dense, samples, 8)
+            piece = DenseWork(dense, 8).slice(samples)
             piece.bottom(batch.dense)
             means = {table: lengths(mine, table) for table in found.divided if pooling == "mean"}
-            piece.fill(parts, found.runs, means)
-            got.append(piece.pooled())
+            got.append(torch.empty(len(samples), 6, SHAPE.dim))
+            piece.predict(parts, found.runs, means, got[-1])
         pooled = torch.cat(got)
         for table in range(6):
             if table in found.divided:  # another order of additions
