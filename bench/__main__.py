@@ -7,7 +7,7 @@ import signal
 import sys
 from pathlib import Path
 
-from bench import alltoallv, peers, report, scale, stress
+from bench import alltoallv, inference, peers, report, scale, stress
 from bench.limits import command as limits
 from bench.publish import add_options, publish
 from bench.results import Results
@@ -33,6 +33,7 @@ def main() -> int:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     alltoallv.add(commands)
+    inference.add(commands)
     limits.add(commands)
     scale.add(commands)
     stress.add(commands)

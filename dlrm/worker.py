@@ -73,9 +73,9 @@ class Worker:
         self._work = DenseWork(self.dense, options.dense_block)
         self._warm_up()
 
-    def batches(self) -> Iterator[Batch]:
-        """The batches of the run; the same ones each time it is called."""
-        options = self.options
+    def batches(self, options: Options | None = None) -> Iterator[Batch]:
+        """The batches of a run; the same ones each time it is called."""
+        options = options or self.options
         wanted = options.num_batches * options.mini_batch_size + options.first_sample
         chunks = self.source.batches(
             options.mini_batch_size, -(-wanted // options.mini_batch_size) * bool(options.num_batches)
@@ -85,8 +85,8 @@ class Worker:
     def run(self, store: Store, name: str = "dlrm", **changes: Any) -> Report | None:
         """Run all batches, and report at rank 0. Collective; `name` must be new to the store.
 
-        `changes` replace options of this one run: lag, delay, delay_seed. Raises Disagreement where ranks were started
-        with different options; whatever the exchange raises passes through.
+        `changes` replace options of this one run: lag, delay, delay_seed, num_batches, mini_batch_size, digest. Raises
+        Disagreement where ranks were started with different options; whatever the exchange raises passes through.
         """
         from blsrdma import Exchange
 
@@ -110,7 +110,8 @@ class Worker:
                 "replicated": self._replicated,
                 "arrivals": arrivals and arrivals.times(self.rank, self.rank if sharded else 0),
             }
-            batches = self._batches or preload(self.batches())
+            same = all(getattr(options, name) == getattr(self.options, name) for name in DATA_OPTIONS)
+            batches = self._batches if same and self._batches else preload(self.batches(options))
             self._batches = None
             engine: Engine | QueryEngine
             if sharded:
@@ -258,7 +259,7 @@ class Worker:
         values = report.assemble(options, timeline_arrays, all_stats)
         digest, difference = hashlib.sha256(f"{self.kernel.name} {options.pooling}".encode()), None
         if options.digest:
-            for batch, result in zip(islice(self.batches(), len(results)), results, strict=True):
+            for batch, result in zip(islice(self.batches(options), len(results)), results, strict=True):
                 parts = collect.gather(collector, _pooled(result))
                 assert parts is not None
                 pooled = np.concatenate(parts).reshape(batch.size, self.shape.num_tables, self.shape.dim)
