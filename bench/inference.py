@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from bench import environment
@@ -66,6 +67,7 @@ class Measured:
     entry: Entry
     seconds: list[float] = field(default_factory=list)
     shares: list[dict[str, float]] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)  # seconds of all processes, per sample
     leads: list[int] = field(default_factory=list)
 
     @property
@@ -199,6 +201,7 @@ def _time(one: Measured, team: Team, job: str, batch: int) -> float:
         if reply
     ]  # fmt: skip
     one.seconds.append(1 / sum(reply["samples"] / reply["seconds"] for reply in replies))
+    one.cpu.append(sum(map(_cpu_seconds, replies)) / sum(reply["samples"] for reply in replies))
     if entry.plain:
         return environment.busy_cores(0.05)
     spent = [phases for reply in replies for phases in reply["phases_ms"]]
@@ -208,11 +211,15 @@ def _time(one: Measured, team: Team, job: str, batch: int) -> float:
     return environment.busy_cores(0.05)
 
 
+def _cpu_seconds(reply: dict[str, Any]) -> float:
+    return float(np.sum(reply["cpu_seconds"]))
+
+
 def _table(options: argparse.Namespace, lookups: int, measured: list[Measured]) -> Table:
     by_name = {one.entry.name: one for one in measured}
     table = Table(
         f"DLRM inference, {lookups} row{'s' if lookups > 1 else ''} in each bag",
-        ["<", "samples/s", "of 2 independent", "of 2 threads", "outside", *PHASES],
+        ["<", "samples/s", "of 2 independent", "of 2 threads", "µs of CPU/sample", "outside", *PHASES],
         notes=[
             "Samples/s: medians of the repetitions ± half the interquartile range.",
             "Ratios to ours in 2 independent processes, and in 1 process with 2 threads: of medians, and their range.",
@@ -227,6 +234,7 @@ def _table(options: argparse.Namespace, lookups: int, measured: list[Measured]) 
             against = ratio(base, [by_name[base].seconds[i : i + 1] for i in range(options.repeat)],
                             [one.seconds[i : i + 1] for i in range(options.repeat)])  # fmt: skip
             cells.append(f"{against.value:.2f} ({against.low:.2f}-{against.high:.2f})")
+        cells.append(f"{1e6 * median(one.cpu):.2f}")
         if one.shares:
             outside = median(1 - share["lookup"] - share["dense"] for share in one.shares)
             cells.append(_percent(outside))

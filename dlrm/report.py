@@ -42,7 +42,7 @@ def assemble(options: Options, timelines: list[NDArray[np.int64]], stats: list[d
     how long the run had to take, given each rank's own work and delays as they were, were the exchange free (see
     timeline.floor; None in an open loop and where input is sharded).
     `phases_ms[r]` is where the time of rank r went (assemble: pooled vectors copied to where they are multiplied);
-    `resident_bytes` its memory at the end, files not counted.
+    `cpu_seconds` the processor time of all its threads; `resident_bytes` its memory at the end, files not counted.
     """
     runs = np.stack([one[:-1] for one in timelines])  # [ranks, iterations, columns]
     ends = np.stack([one[-1] for one in timelines])  # start, end, drain
@@ -73,6 +73,7 @@ def assemble(options: Options, timelines: list[NDArray[np.int64]], stats: list[d
         "wait_ms_by_rank": waits,
         "delay_ms_by_rank": (runs[:, :, timeline.SLEPT].sum(axis=1) / 1e6).tolist(),
         "phases_ms": [one["phases_ms"] for one in stats],
+        "cpu_seconds": [float(one["cpu_seconds"]) for one in stats],
         "resident_bytes": [int(one["resident_bytes"]) for one in stats],
         "table_bytes": [int(one["table_bytes"]) for one in stats],
         "max_lead_seen": max(int(one["max_lead"]) for one in stats),

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import sys
+import time
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import cached_property
@@ -122,9 +123,11 @@ class Worker:
                 engine = Engine(self.rank, self.placement, route, self._work, **settings)
                 running = engine.run(batches)
             collect.barrier(collector)
+            began = time.process_time()
             results = list(self._watched(running))
+            cpu_seconds = time.process_time() - began
             stats = rows.stats() | {"phases_ms": {name: t / 1e6 for name, t in engine.timeline.phases.items()}}
-            stats["resident_bytes"] = resident_bytes()
+            stats["cpu_seconds"], stats["resident_bytes"] = cpu_seconds, resident_bytes()
             stats["table_bytes"] = self.tables.nbytes() + (self._replicated.nbytes() if self._replicated else 0)
             return self._report(options, collector, engine.timeline, stats, results)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import pytest
 import torch
@@ -13,6 +15,11 @@ from dlrm.placement import Placement
 from dlrm.shape import ModelShape, interaction_width
 from dlrm.tables import Tables
 from dlrm.verify import SingleProcess, first_difference
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from dlrm.data.batch import Batch
 
 ROWS = (50, 3, 1000, 7, 20)
 DIM = 8
@@ -47,38 +54,53 @@ def test_a_table_is_the_same_whoever_owns_it() -> None:
     assert not torch.equal(whole["emb_l.0.weight"], Tables(shape(), range(1), 2).state_dict()["emb_l.0.weight"])
 
 
-@pytest.mark.parametrize(("interaction", "itself"), [("dot", False), ("dot", True), ("cat", False)])
-def test_against_an_independent_float64_computation(interaction: str, itself: bool) -> None:
-    whole = shape(interaction, itself)
-    (batch,) = Uniform(4, ROWS, 3, 4, False).batches(16, 1)
-    tables, dense = Tables(whole, range(5), 1), Dense(whole, 1)
-    pooled, logits, probabilities = SingleProcess(tables, dense, Placement(5, 1), 0).evaluate(batch)
-    weights = {
-        name: tensor.numpy().astype(np.float64)
-        for module in (tables, dense)
-        for name, tensor in module.state_dict().items()
-    }
+def in_float64(
+    weights: dict[str, NDArray[np.float64]], batch: Batch, sample: int, interaction: str, itself: bool
+) -> tuple[NDArray[np.float64], float, float]:
+    """Pooled vectors and logit of a sample, in NumPy alone; and the logit with the sizes of its terms in their place."""
+    vector = batch.dense[sample].numpy().astype(np.float64)
+    for layer in (0, 2):
+        vector = np.maximum(weights[f"bot_l.{layer}.weight"] @ vector + weights[f"bot_l.{layer}.bias"], 0)
+    vectors = [vector]
+    for table in range(5):
+        lo, hi = batch.offsets[table][sample : sample + 2].tolist()
+        vectors.append(weights[f"emb_l.{table}.weight"][batch.indices[table][lo:hi].numpy()].sum(0))
+    if interaction == "cat":
+        value = np.concatenate(vectors)
+    else:
+        products = [vectors[i] @ vectors[j] for i in range(6) for j in range(6) if j < i or (itself and i == j)]
+        value = np.concatenate([vector, products])
+    for layer in (0, 2):
+        value = np.maximum(weights[f"top_l.{layer}.weight"] @ value + weights[f"top_l.{layer}.bias"], 0)
+    last, bias = weights["top_l.4.weight"][0], weights["top_l.4.bias"][0]
+    return np.stack(vectors[1:]), float(last @ value + bias), float(np.abs(last) @ value + abs(bias))
 
-    for sample in range(16):
-        vector = batch.dense[sample].numpy().astype(np.float64)
-        for layer in (0, 2):
-            vector = np.maximum(weights[f"bot_l.{layer}.weight"] @ vector + weights[f"bot_l.{layer}.bias"], 0)
-        vectors = [vector]
-        for table in range(5):
-            lo, hi = batch.offsets[table][sample : sample + 2].tolist()
-            vectors.append(weights[f"emb_l.{table}.weight"][batch.indices[table][lo:hi].numpy()].sum(0))
-        np.testing.assert_allclose(pooled[sample].numpy(), np.stack(vectors[1:]), rtol=1e-5, atol=1e-6)
-        if interaction == "cat":
-            value = np.concatenate(vectors)
-        else:
-            products = [vectors[i] @ vectors[j] for i in range(6) for j in range(6) if j < i or (itself and i == j)]
-            value = np.concatenate([vector, products])
-        for layer in (0, 2, 4):
-            value = weights[f"top_l.{layer}.weight"] @ value + weights[f"top_l.{layer}.bias"]
-            if layer < 4:
-                value = np.maximum(value, 0)
-        np.testing.assert_allclose(logits[sample].item(), value[0], rtol=1e-4, atol=1e-5)
-        np.testing.assert_allclose(probabilities[sample].item(), 1 / (1 + np.exp(-value[0])), rtol=1e-5)
+
+@pytest.mark.parametrize("block", [0, 24])
+@pytest.mark.parametrize(("interaction", "itself"), [("dot", False), ("dot", True), ("cat", False)])
+def test_against_an_independent_float64_computation(interaction: str, itself: bool, block: int) -> None:
+    """Relative errors under 1e-5: of all vectors, of all logits, and of each probability.
+
+    A single logit may be a small difference of large terms: its error is relative to those.
+    """
+    whole = shape(interaction, itself)
+    for seed in (1, 2, 3):
+        (batch,) = Uniform(4, ROWS, seed, 4, False).batches(64, 1)
+        tables, dense = Tables(whole, range(5), seed), Dense(whole, seed)
+        pooled, logits, probabilities = SingleProcess(tables, dense, Placement(5, 1), block).evaluate(batch)
+        weights = {
+            name: tensor.numpy().astype(np.float64)
+            for module in (tables, dense)
+            for name, tensor in module.state_dict().items()
+        }
+        found = [in_float64(weights, batch, sample, interaction, itself) for sample in range(64)]
+        vectors, wanted, sizes = (np.array(column) for column in zip(*found, strict=True))
+        errors = np.abs(logits.numpy() - wanted)
+        assert np.linalg.norm(pooled.numpy() - vectors) < 1e-5 * np.linalg.norm(vectors)
+        assert np.linalg.norm(errors) < 1e-5 * np.linalg.norm(wanted)
+        assert (errors < 1e-5 * sizes).all()
+        np.testing.assert_allclose(probabilities.numpy(), 1 / (1 + np.exp(-wanted)), rtol=1e-5)
+        assert wanted.std() > 1e-3  # of what there is to be compared
 
 
 @pytest.mark.parametrize("size", [0, 1, 4, 7, 32])
