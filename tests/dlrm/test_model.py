@@ -57,7 +57,7 @@ def test_a_table_is_the_same_whoever_owns_it() -> None:
 def in_float64(
     weights: dict[str, NDArray[np.float64]], batch: Batch, sample: int, interaction: str, itself: bool
 ) -> tuple[NDArray[np.float64], float, float]:
-    """Pooled vectors and logit of a sample, in NumPy alone; and the logit with the sizes of its terms in their place."""
+    """Pooled vectors and logit of a sample, in NumPy alone; and the sum of the sizes of the logit's terms."""
     vector = batch.dense[sample].numpy().astype(np.float64)
     for layer in (0, 2):
         vector = np.maximum(weights[f"bot_l.{layer}.weight"] @ vector + weights[f"bot_l.{layer}.bias"], 0)
