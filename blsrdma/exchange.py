@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from blsrdma import hosts
+from blsrdma import hosts, launchers
 from blsrdma.errors import (
     BlsrdmaError,
     ExchangeClosed,
@@ -60,8 +60,8 @@ class Exchange(native.Front):
     Its loop, begin() and post(), is native (native/front.cpp): help(Exchange.post) says how they are called.
 
     Parameters:
-        store: a torch.distributed Store that all ranks share; None: the one that torchrun's environment names.
-        rank, world_size: None: RANK and WORLD_SIZE from the environment.
+        store: a torch.distributed Store that all ranks share; None: the one that the launcher's environment names.
+        rank, world_size: None: as the launcher says, see blsrdma.launchers.
         name: exchanges that use one store at the same time need different names.
         lag, window_bytes, timeout, close_timeout, keepalive, direct, copy_self, checksum, trace, memory_limit:
             see blsrdma.settings; None means not given: the environment's BLSRDMA_* or the default.
@@ -244,7 +244,7 @@ class Exchange(native.Front):
     def _refuse_over_limit(self) -> None:
         limit = self.settings.memory_limit
         if limit is None:
-            limit = default_memory_limit(int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size)))
+            limit = default_memory_limit(place.ranks_here() if (place := launchers.find()) else self.world_size)
         self._memory_limit = limit
         need = self.geometry.arena_bytes
         if need > limit:

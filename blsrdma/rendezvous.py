@@ -22,7 +22,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 import sys
 import time
 import uuid
@@ -30,6 +29,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
+from blsrdma import launchers
 from blsrdma.errors import RendezvousError, SettingsError, SettingsMismatch
 
 if TYPE_CHECKING:
@@ -59,33 +59,29 @@ class Round:
 
 
 def environment_ranks() -> tuple[int, int]:
-    """(rank, world size) from torchrun's RANK and WORLD_SIZE. Raises SettingsError when they are not set."""
-    found = []
-    for name in ("RANK", "WORLD_SIZE"):
-        text = os.environ.get(name)
-        if text is None:
-            raise SettingsError(f"{name} is not set: pass rank and world_size, or start under torchrun")
-        if not text.isdigit():
-            raise SettingsError(f"{name} = {text!r}: must be an integer >= 0")
-        found.append(int(text))
-    return found[0], found[1]
+    """(rank, world size) as this process's launcher gives them. Raises SettingsError where none has started it."""
+    place = launchers.place()
+    return place.rank, place.world_size
 
 
 def store_from_environment(rank: int, world_size: int, timeout: float = 60.0) -> Store:
-    """The TCPStore that MASTER_ADDR and MASTER_PORT name, as torchrun sets them; rank 0 hosts it unless the agent
-    does."""
-    from torch.distributed import PrefixStore, TCPStore
+    """The TCPStore of this job, see blsrdma.launchers; rank 0 hosts it unless the launcher does. Raises SettingsError
+    where the environment does not say where it is, RendezvousError where it cannot be reached within `timeout`
+    seconds."""
+    place = launchers.meeting(rank, world_size)
+    from torch.distributed import DistError, PrefixStore, TCPStore
 
     try:
-        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    except (KeyError, ValueError) as error:
-        raise SettingsError(
-            f"no store given, and none in the environment (MASTER_ADDR, MASTER_PORT): {error}"
-        ) from None
-    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    limit = timedelta(seconds=min(timeout, 1e8))
-    store = TCPStore(host, port, world_size, is_master=rank == 0 and not agent, timeout=limit, wait_for_workers=False)
-    return PrefixStore(f"blsrdma/attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        # Multi-tenant: a second exchange of this process, or init_process_group, finds the server it already has.
+        store = TCPStore(
+            place.host, place.port, world_size, is_master=rank == 0 and not place.hosted,
+            timeout=timedelta(seconds=min(timeout, 1e8)), wait_for_workers=False, multi_tenant=True,
+        )  # fmt: skip
+    except DistError as error:
+        what = "host" if rank == 0 and not place.hosted else "reach"
+        reason = str(error).partition("\n")[0]
+        raise RendezvousError(f"rank {rank} cannot {what} the store at {place.host}:{place.port}: {reason}") from None
+    return PrefixStore(f"blsrdma/{place.job}", store)
 
 
 class Rendezvous:

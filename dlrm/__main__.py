@@ -1,4 +1,4 @@
-"""`python -m dlrm`: starts ranks, or is one where RANK is set (by torchrun or by ourselves)."""
+"""`python -m dlrm`: starts ranks, or is one where a launcher (torchrun, srun, mpirun or our own) has started it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from blsrdma import launchers
+from blsrdma.errors import SettingsError
 from dlrm import launch
 from dlrm.errors import DlrmError, NotExact, OptionError
 from dlrm.options import Options, parse
@@ -33,12 +35,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def place(options: Options) -> tuple[int | None, int]:
     """This process's rank, None for the launcher, and the number of ranks. Raises OptionError where they disagree."""
-    if "RANK" not in os.environ:
+    try:
+        found = launchers.find()
+    except SettingsError as error:
+        raise OptionError(str(error)) from None
+    if found is None:
         return None, options.ranks or 1
-    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    if options.ranks not in (None, ranks):
-        raise OptionError(f"--ranks {options.ranks}, but WORLD_SIZE is {ranks}: under torchrun leave --ranks out")
-    return rank, ranks
+    if options.ranks not in (None, found.world_size):
+        raise OptionError(
+            f"--ranks {options.ranks}, but WORLD_SIZE is {found.world_size} ({found.launcher}): under a launcher leave "
+            "--ranks out"
+        )
+    return found.rank, found.world_size
 
 
 def run_rank(options: Options, rank: int, ranks: int) -> None:

@@ -68,7 +68,7 @@ def test_everything_from_the_environment() -> None:
 def test_without_an_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
-    with pytest.raises(SettingsError, match="RANK is not set"):
+    with pytest.raises(SettingsError, match="RANK and WORLD_SIZE are not set"):
         Exchange()
     with pytest.raises(SettingsError, match="no store given, and none in the environment"):
         Exchange(rank=0, world_size=2)
