@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from blsrdma import trace
+from blsrdma import check, trace
 from blsrdma.errors import BlsrdmaError
 from blsrdma.info import Line, examine, this_machine
 
@@ -36,6 +36,7 @@ _PR_SET_PTRACER = 0x59616D61
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; 0, 1 after an error or a problem found, 2 after a wrong argument."""
     given = _parser().parse_args(argv)
+    given.arguments = list(sys.argv[1:] if argv is None else argv)
     run: Callable[[argparse.Namespace], int] = given.run
     try:
         return run(given)
@@ -69,6 +70,8 @@ def _parser() -> argparse.ArgumentParser:
     info.add_argument("--ranks", type=_positive, help="ranks on this host, by which sizes are judged (default: "
                       "LOCAL_WORLD_SIZE, else one per core)")  # fmt: skip
     info.set_defaults(run=_info)
+
+    check.add(commands)
 
     text = "merge the timelines that ranks wrote with BLSRDMA_TRACE=FOLDER"
     more = "into one that ui.perfetto.dev opens, and tell how far each rank ran ahead and whom it waited for."

@@ -28,6 +28,21 @@ class RendezvousError(BlsrdmaError):
     """The ranks did not find together: some are missing at the deadline, or one reported an error."""
 
 
+class RankFailed(BlsrdmaError):
+    """A rank that `python -m blsrdma` or `python -m dlrm` started ended badly.
+
+    Attributes: `rank`; `status`, its exit status, negative: the signal that ended it.
+    """
+
+    def __init__(self, message: str, rank: int, status: int) -> None:
+        super().__init__(message)
+        self.rank = rank
+        self.status = status
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (str(self), self.rank, self.status)
+
+
 class UcxError(BlsrdmaError):
     """A call into UCX failed."""
 

@@ -3,7 +3,7 @@
 A batch walks through the rooms like this: `data` yields a Batch -> `engine` begins an iteration -> `routes` looks
 the rank's own tables up and posts the pooled vectors -> `dense` runs the bottom MLP meanwhile, then, once every
 rank's vectors are here, the interaction and the top MLP -> predictions leave in order. Where each rank has its own
-samples, `queries` is the loop. `worker` is what one rank does from start to end, `launch` starts the ranks.
+samples, `queries` is the loop. `worker` is what one rank does from start to end.
 """
 
 from __future__ import annotations

@@ -9,9 +9,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from blsrdma import launchers
+from blsrdma import launchers, spawn
 from blsrdma.errors import SettingsError
-from dlrm import launch
 from dlrm.errors import DlrmError, NotExact, OptionError
 from dlrm.options import Options, parse
 
@@ -29,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"dlrm: {error}", file=sys.stderr)
         return 2
     if rank is None:
-        return guarded("dlrm", lambda: launch.launch("dlrm", arguments, ranks, options.threads), options.debug)
+        return guarded("dlrm", lambda: spawn.launch("dlrm", arguments, ranks, options.threads), options.debug)
     return guarded(f"rank {rank}", lambda: run_rank(options, rank, ranks), options.debug)
 
 
@@ -51,7 +50,7 @@ def place(options: Options) -> tuple[int | None, int]:
 
 def run_rank(options: Options, rank: int, ranks: int) -> None:
     """Be a rank: run, and at rank 0 show and write the results. Raises NotExact where --verify found a difference."""
-    launch.die_with_launcher()
+    spawn.die_with_launcher()
     logging.basicConfig(format=f"rank {rank}: %(message)s")
     logging.getLogger("dlrm").setLevel(logging.INFO)
     from blsrdma.rendezvous import store_from_environment

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dlrm import launch
+from blsrdma import spawn
 from dlrm.__main__ import guarded
 from dlrm.errors import NotExact
 from dlrm.options import parse
@@ -40,12 +40,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         rank = int(os.environ["RANK"])
         return guarded(f"rank {rank}", lambda: run_rank(rank, given.out, given.num_batches), debug=False)
     print(f"{RANKS} ranks, lags {', '.join(map(str, LAGS))}, without and with delays ({DELAYS[1]}) ...", flush=True)
-    return guarded("demo", lambda: launch.launch("dlrm.demo", arguments, RANKS), debug=False)
+    return guarded("demo", lambda: spawn.launch("dlrm.demo", arguments, RANKS), debug=False)
 
 
 def run_rank(rank: int, out: Path, num_batches: int) -> None:
     """Be a rank: all runs, one after another; rank 0 shows and draws. Raises NotExact where a bit differs."""
-    launch.die_with_launcher()
+    spawn.die_with_launcher()
     from blsrdma.rendezvous import store_from_environment
     from dlrm.worker import Worker
 

@@ -47,10 +47,6 @@ class CheckpointError(DlrmError):
     """A checkpoint that cannot be read or does not fit the model; lists every missing, extra and misshapen key."""
 
 
-class RankFailed(DlrmError):
-    """A rank started by the launcher ended badly; the message names it."""
-
-
 class NotExact(DlrmError):
     """--verify found a bit that differs from the single-process computation."""
 

@@ -16,14 +16,14 @@ import time
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
-from dlrm.errors import RankFailed
+from blsrdma.errors import RankFailed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 GRACE_SECONDS = 5.0  # for the other ranks to end with an error of their own
 KILL_SECONDS = 2.0  # between SIGTERM and SIGKILL
-_PARENT = "DLRM_LAUNCHER_PID"
+_PARENT = "_BLSRDMA_LAUNCHER"
 _PR_SET_PDEATHSIG = 1
 
 
@@ -60,7 +60,8 @@ def launch(module: str, arguments: Sequence[str], ranks: int, threads: int = 1) 
         signal.signal(signal.SIGTERM, previous)
         listener.close()
     if failed is not None:
-        raise RankFailed(f"rank {failed} {_how(processes[failed].returncode)}")
+        status = processes[failed].returncode
+        raise RankFailed(f"rank {failed} {_how(status)}", failed, status)
 
 
 def die_with_launcher() -> None:
