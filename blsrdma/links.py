@@ -2,7 +2,8 @@
 
 A link is an ordered pair of ranks. Links are compared with those of their own kind, within a host or between hosts,
 and one that is FACTOR times worse than the better quarter of them is pointed out: as its rank's or its host's fault
-where most of that one's links are bad, else as its own. Errors are what makes an exchange fail or be wrong; notes what makes it slow.
+where most of that one's links are bad, else as its own. Errors are what makes an exchange fail or be wrong; notes what
+makes it slow.
 """
 
 from __future__ import annotations
