@@ -36,7 +36,7 @@ _PR_SET_PTRACER = 0x59616D61
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; 0, 1 after an error or a problem found, 2 after a wrong argument."""
     given = _parser().parse_args(argv)
-    given.arguments = list(sys.argv[1:] if argv is None else argv)
+    given.command_line = list(sys.argv[1:] if argv is None else argv)
     run: Callable[[argparse.Namespace], int] = given.run
     try:
         return run(given)

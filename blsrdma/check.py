@@ -49,7 +49,7 @@ def add(commands: Any) -> None:
     """Add the command to those of blsrdma/__main__.py."""
     parser = commands.add_parser(
         "check",
-        help="try every pair of ranks before a run: wiring, order of writes, speed; slow links and odd nodes",
+        help="test every pair of ranks before a run: wiring, order of writes, speed; slow links and odd nodes",
         description="Tries every pair of ranks. Start it as you would start the run (torchrun --nproc-per-node 8 -m "
         "blsrdma check; srun python -m blsrdma check; mpirun ...), or with --ranks on this machine alone.",
         epilog="Exit status: 0 all is well; 1 an exchange would fail or be wrong; 3 it works, but something is slow or "
@@ -84,7 +84,7 @@ def run(given: argparse.Namespace) -> int:
         if given.ranks is None:
             raise SettingsError("no launcher has started this: use torchrun, srun or mpirun, or give --ranks N")
         try:
-            spawn.launch("blsrdma", given.arguments, given.ranks)
+            spawn.launch("blsrdma", given.command_line, given.ranks)
         except RankFailed as failed:
             if failed.rank == 0 and failed.status in (1, 3):
                 return failed.status  # it has said why
