@@ -3,7 +3,7 @@
 import os
 import time
 
-from dlrm.launch import die_with_launcher
+from blsrdma.spawn import die_with_launcher
 
 if __name__ == "__main__":
     die_with_launcher()

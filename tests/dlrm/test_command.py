@@ -184,7 +184,7 @@ def test_a_killed_rank_is_named_and_the_others_end() -> None:
 )
 def test_no_rank_outlives_the_launcher(how: signal.Signals) -> None:
     launcher = subprocess.Popen(
-        [sys.executable, "-c", "from dlrm.launch import launch; launch('tests.dlrm.sleeper', [], 3)"],
+        [sys.executable, "-c", "from blsrdma.spawn import launch; launch('tests.dlrm.sleeper', [], 3)"],
         stderr=subprocess.PIPE,
         text=True,
         cwd=ROOT,
