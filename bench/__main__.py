@@ -7,7 +7,7 @@ import signal
 import sys
 from pathlib import Path
 
-from bench import alltoallv, inference, peers, report, scale, stress
+from bench import alltoallv, inference, lookups, peers, report, scale, stress
 from bench.limits import command as limits
 from bench.publish import add_options, publish
 from bench.results import Results
@@ -22,6 +22,7 @@ start here:
   python -m bench peers                  set up MPICH and Open MPI, once (in .venv-mpich and .venv-openmpi)
   python -m bench alltoallv --quick      every system, half a minute
   python -m bench limits                 what this machine could do at best
+  python -m bench lookups --quick        lookups with a collective and without
   python -m bench stress --quick         random everything, verified
 Each command explains itself: python -m bench alltoallv --help
 """
@@ -34,6 +35,7 @@ def main() -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     alltoallv.add(commands)
     inference.add(commands)
+    lookups.add(commands)
     limits.add(commands)
     scale.add(commands)
     stress.add(commands)

@@ -1,12 +1,13 @@
 """Types of the native core; native/module.cpp has the bindings."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 from blsrdma.buffers import Array, Counts, SendBuffer
+from blsrdma.lookup_tables import Bags
 
 CONTROL_BYTES: int
 HEADER_BYTES: int
@@ -155,6 +156,9 @@ class Lookup:
         self, peers: list[tuple[int, bytes, list[tuple[bytes, int, bytes]]]], pidfds: list[int], timeout_ns: int
     ) -> None: ...
     def ask(self, parts: list[_Part], timeout_ns: int) -> tuple[int, int]: ...
+    def ask_into(
+        self, bags: Sequence[Bags], out: object, numbers: dict[int, int], mean: bool, timeout_ns: int
+    ) -> tuple[int, int]: ...
     def wait(self, number: int, timeout_ns: int) -> int: ...
     def ready(self, number: int) -> bool: ...
     def forget(self, number: int) -> None: ...

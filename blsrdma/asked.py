@@ -28,7 +28,7 @@ class Asked:
 
     __slots__ = ("_bags", "_lookup", "_results", "_settled", "dropped", "number")
 
-    def __init__(self, lookup: Lookup, number: int, bags: list[Bags], results: list[Any]) -> None:
+    def __init__(self, lookup: Lookup, number: int, bags: Sequence[Bags], results: Any) -> None:
         self._lookup = lookup
         self._bags = bags  # kept alive: the lookup reads them until the ask is complete
         self._results = results
@@ -43,8 +43,9 @@ class Asked:
         self._lookup._usable()
         return bool(self._lookup._core.ready(self.number))
 
-    def wait(self, timeout: float | None = None) -> list[Any]:
-        """The pooled rows, float32 [bags, dim], one array or tensor for each of the `bags` asked, in their order.
+    def wait(self, timeout: float | None = None) -> Any:
+        """The pooled rows, float32 [bags, dim], a list of one array or tensor for each of the `bags` asked, in their
+        order; where `out` was one array for all, that one.
 
         Raises PeerTimeout at the deadline, naming the owners that have not answered (the wait may be repeated);
         PeerFailed, PeerLeft or WindowCorrupt for an owner that this ask needs; LookupRefused.
@@ -98,6 +99,18 @@ def places(bags: Sequence[Bags], out: Sequence[Out | None] | None, tables: Mappi
         else:
             found.append(Place(address(place), _stride(place, shape, each.table), place))
     return found
+
+
+def slices(bags: Sequence[Bags], out: Any) -> list[Any]:
+    """One place for each of `bags` in one array for all. Raises BagsError."""
+    if len(getattr(out, "shape", ())) != 3 or out.shape[1] != len(bags):
+        shape = list(getattr(out, "shape", ()))
+        what = f"{type(out).__name__} {shape}"
+        raise BagsError(
+            f"out must be one array [bags, {len(bags)}, dim] or a sequence of {len(bags)}, not {what}",
+            bags[0].table if bags else 0,
+        )
+    return [out[:, t] for t in range(len(bags))]
 
 
 def _memory(floats: int, bags: Sequence[Bags]) -> Out:

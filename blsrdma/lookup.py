@@ -24,12 +24,13 @@ import atexit
 import logging
 import os
 import weakref
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from blsrdma import hosts, request_windows
-from blsrdma.asked import Asked, places
+from blsrdma.asked import Asked, places, slices
 from blsrdma.errors import BlsrdmaError, ExchangeClosed, MemoryLimitExceeded, PeerFailed, SettingsError
 from blsrdma.fabric import Fabric
 from blsrdma.lookup_errors import lookup_error
@@ -42,7 +43,7 @@ from blsrdma.ucx import native
 from blsrdma.windows import LINE_BYTES, WindowGeometry, round_up
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
     from types import TracebackType
 
     from torch.distributed import Store
@@ -110,6 +111,7 @@ class Lookup:
             )
             self._refuse_what_cannot_be(own)
             self._timeout_ns = timeout_ns(common.timeout)
+            self._mean = self.settings.pooling == "mean"
             self._fabric = Fabric.of_process()
             self._arenas = [self._fabric.allocate(each.arena_bytes) for each in self._geometry]
             if self.settings.mode == "get":
@@ -150,34 +152,42 @@ class Lookup:
 
     # --- the loop
 
-    def ask(self, bags: Sequence[Bags], out: Sequence[Out | None] | None = None, timeout: float | None = None) -> Asked:
+    def ask(
+        self, bags: Sequence[Bags], out: Out | Sequence[Out | None] | None = None, timeout: float | None = None
+    ) -> Asked:
         """Ask for bags to be pooled, of this rank's own tables or of others'. Returns their handle.
 
         Parameters:
             bags: see Bags. Their memory belongs to the lookup until the handle is complete.
-            out: for each of them, where its pooled rows go: float32 [bags, dim] whose rows are contiguous, such as a
-                slice t of a tensor [samples, tables, dim]; or None for memory of its own.
+            out: where the pooled rows go. One array float32 [bags, tables asked, dim], where all have as many bags and
+                as wide rows (the fastest way); or for each table an array [bags, dim] whose rows are contiguous, or
+                None for memory of its own. None: memory of its own for each.
             timeout: seconds, for the lag bound.
 
         Waits only while lag + 1 asks are incomplete. Nothing has been asked when it raises: BagsError naming table,
         position and value; PeerTimeout. A failed owner is told by the handle's wait().
         """
         self._usable()
-        placed = places(bags, out, self._by_number)
-        parts = []
-        mean = self.settings.pooling == "mean"
-        for each, place in zip(bags, placed, strict=True):
-            indices, count, offsets, number, weights = describe_bags(each)
-            parts.append(
-                (self._numbers[each.table], mean, indices, count, offsets, number, weights, place.address, place.stride)
-            )
-        outcome, number = self._core.ask(parts, self._ns(timeout))
+        result: Any = out
+        whole = out is not None and not isinstance(out, Sequence)
+        outcome, number = -1, 0
+        if whole:
+            outcome, number = self._core.ask_into(bags, out, self._numbers, self._mean, self._ns(timeout))
+        if outcome == -1:
+            apart: Any = slices(bags, out) if whole else out
+            placed = places(bags, apart, self._by_number)
+            parts = [
+                (self._numbers[each.table], self._mean, *describe_bags(each), place.address, place.stride)
+                for each, place in zip(bags, placed, strict=True)
+            ]
+            outcome, number = self._core.ask(parts, self._ns(timeout))
+            result = out if whole else [place.result for place in placed]
         if outcome:
             raise self._error(outcome)
         if len(self._in_flight) > self.lag:
             for old in [asked for asked in self._in_flight.values() if asked.dropped]:
                 self._forget(old)
-        asked = self._in_flight[number] = Asked(self, number, list(bags), [place.result for place in placed])
+        asked = self._in_flight[number] = Asked(self, number, bags, result)
         return asked
 
     def finish(self, timeout: float | None = None) -> None:

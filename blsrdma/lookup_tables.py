@@ -65,7 +65,7 @@ class TableFacts:
         return self.rows * self.row_bytes
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Bags:
     """Bags of one table to be pooled: bag b has the rows indices[offsets[b] : offsets[b + 1]], in this order.
 

@@ -96,6 +96,7 @@ class Lookup {
   std::string transport(std::uint32_t peer) const;
   std::uint64_t silence_ns(std::uint32_t peer) const { return liveness_ ? liveness_->silence_ns(peer) : 0; }
   std::uint64_t next() const { return next_; }
+  const std::vector<Table>& tables() const { return tables_; }
 
   // As Exchange::close.
   bool close(std::uint32_t code, std::uint32_t blamed, const std::string& text, std::uint64_t deadline_ns);

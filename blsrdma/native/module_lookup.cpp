@@ -11,6 +11,7 @@
 #include <memory>
 #include <tuple>
 
+#include "arrays.h"
 #include "lookup.h"
 
 namespace nb = nanobind;
@@ -52,6 +53,49 @@ std::vector<Part> parts_of(const std::vector<PartTuple>& tuples) {
                      reinterpret_cast<float*>(out), stride});
   }
   return parts;
+}
+
+// The plain case without a Python frame between: bags of contiguous arrays or tensors of the right types, all with as many
+// bags and as wide rows as `out`, a contiguous float32 array [bags, tables, dim]. False: it is another case.
+bool plain_parts(const Lookup& lookup, nb::sequence bags, nb::handle out, nb::dict numbers, bool mean,
+                 std::vector<Part>& parts) {
+  static PyObject* const names[] = {PyUnicode_InternFromString("table"), PyUnicode_InternFromString("indices"),
+                                    PyUnicode_InternFromString("offsets"), PyUnicode_InternFromString("weights")};
+  constexpr std::uint64_t kInt64 = 'i' | 8 << 8, kFloat32 = 'f' | 4 << 8;
+  Buffer place;
+  const std::size_t count = nb::len(bags);
+  if (!describe(out.ptr(), place) || place.dimensions != 3 || place.tag != kFloat32 || !place.writable ||
+      static_cast<std::size_t>(place.trailing[0]) != count) {
+    return false;
+  }
+  const auto dim = static_cast<std::uint64_t>(place.trailing[1]);
+  parts.reserve(count);
+  for (std::size_t k = 0; k < count; ++k) {
+    const nb::object each = bags[k];
+    nb::object fields[4];
+    for (int f = 0; f < 4; ++f) {
+      fields[f] = nb::steal(PyObject_GetAttr(each.ptr(), names[f]));
+      if (!fields[f].is_valid()) throw nb::python_error();
+    }
+    PyObject* number = PyDict_GetItem(numbers.ptr(), fields[0].ptr());  // borrowed
+    Buffer indices, offsets, weights;
+    if (!number || !describe(fields[1].ptr(), indices) || !describe(fields[2].ptr(), offsets) || indices.dimensions != 1 ||
+        offsets.dimensions != 1 || indices.tag != kInt64 || offsets.tag != kInt64 || offsets.items != place.items + 1) {
+      return false;
+    }
+    const bool weighted = !fields[3].is_none();
+    if (weighted && (!describe(fields[3].ptr(), weights) || weights.dimensions != 1 || weights.tag != kFloat32 ||
+                     weights.items != indices.items)) {
+      return false;
+    }
+    const auto table = static_cast<std::uint32_t>(PyLong_AsUnsignedLong(number));
+    if (lookup.tables()[table].dim != dim) return false;
+    parts.push_back({table, mean, reinterpret_cast<const std::int64_t*>(indices.address),
+                     static_cast<std::uint64_t>(indices.items), reinterpret_cast<const std::int64_t*>(offsets.address),
+                     static_cast<std::uint64_t>(place.items), reinterpret_cast<const float*>(weights.address),
+                     reinterpret_cast<float*>(place.address) + k * dim, count * dim});
+  }
+  return true;
 }
 
 // One bag after another of one table, as pool() does it, with the instructions named: for tests.
@@ -194,6 +238,16 @@ void bind_lookup(nb::module_& m) {
              return std::pair(outcome, number);
            },
            "parts"_a, "timeout_ns"_a)
+      .def("ask_into",
+           [](Lookup& self, nb::sequence bags, nb::handle out, nb::dict numbers, bool mean, std::int64_t timeout_ns) {
+             std::uint64_t number = 0;
+             std::vector<Part> parts;
+             if (!plain_parts(self, bags, out, numbers, mean, parts)) return std::pair(-1, number);
+             const int outcome = without_gil([&] { return self.ask(parts, deadline(timeout_ns), number); });
+             return std::pair(outcome, number);
+           },
+           "bags"_a, "out"_a, "numbers"_a, "mean"_a, "timeout_ns"_a,
+           "As ask(), of Bags and of one array for all; an outcome of -1: not a plain case, nothing has been done.")
       .def("wait",
            [](Lookup& self, std::uint64_t number, std::int64_t timeout_ns) {
              return without_gil([&] { return self.wait(number, deadline(timeout_ns)); });

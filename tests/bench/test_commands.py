@@ -73,6 +73,19 @@ def test_alltoallv_of_mpi(kind: str, tmp_path: Path) -> None:
     small(tmp_path / "r.json", kind, f"{kind}-nb")
 
 
+def test_lookups(tmp_path: Path) -> None:
+    path = tmp_path / "l.json"
+    arguments = "--ranks 2 --tables 3 --rows 500 --samples 16 --iterations 12 --repeat 1 --outage 0.1".split()
+    done = bench("lookups", *arguments, "--json", str(path), "--plot", str(tmp_path / "l.png"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "no synchronisation" in done.stdout
+    results = {(each["case"], each["system"]): each["runs"] for each in json.loads(path.read_text())["results"]}
+    assert results["exponential", "put"][0]["checked"] > 0
+    assert results["undelayed", "get"][0]["paths"] == ["read", "self"]
+    assert results["owner stopped", "get"][0]["per_second"] > 0
+    assert (tmp_path / "l.png").exists()
+
+
 def test_stress(tmp_path: Path) -> None:
     path = tmp_path / "s.json"
     done = bench("stress", "--iterations", "400", "--ranks", "3", "--seed", "1", "--json", str(path))

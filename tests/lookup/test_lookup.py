@@ -147,6 +147,40 @@ def test_slices_and_numpy() -> None:
     run_ranks(slices, 2)
 
 
+def one_array(rank: int, world: int, store: Any, mode: str) -> None:
+    """All tables' rows into one array, plain or not; and of tables that are not alike, refused."""
+    tables = {t: torch.randn(30, 16, generator=torch.Generator().manual_seed(t)) for t in range(5)}
+    tables[9] = torch.zeros(5, 3)
+    own = {t: weight for t, weight in tables.items() if t % world == rank}
+    rng = np.random.default_rng(rank)
+    with Lookup(own, store, rank, world, lag=1, mode=mode) as lookup:
+        for order in ([0, 1, 2, 3, 4], [4, 2], [1, 1, 1]):
+            bags = [draw(rng, t, 30, 7, 5) for t in order]
+            wanted = torch.stack([pooled(Rows(tables[each.table]), each) for each in bags], dim=1)
+            out = torch.full((7, len(order), 16), 7.0)
+            assert lookup.ask(bags, out).wait() is out
+            assert same_bits(out, wanted)
+            strided = torch.full((7, len(order), 32), 7.0)[:, :, :16]
+            assert same_bits(lookup.ask(bags, strided).wait(), wanted)
+            array = np.empty((7, len(order), 16), np.float32)
+            assert same_bits(torch.from_numpy(lookup.ask(bags, array).wait()), wanted)
+        for wrong in (
+            torch.empty(7, 2, 16),
+            torch.empty(6, 3, 16),
+            torch.empty(7, 3, 15),
+            torch.empty(7, 3, 16).double(),
+        ):
+            with pytest.raises(BagsError):
+                lookup.ask(bags, wrong)
+        with pytest.raises(BagsError):
+            lookup.ask([*bags[:2], draw(rng, 9, 5, 7, 5)], torch.empty(7, 3, 16))
+
+
+@pytest.mark.parametrize("mode", ["put", "get"])
+def test_one_array_for_all(mode: str) -> None:
+    run_ranks(one_array, 2, mode)
+
+
 def refused(rank: int, world: int, store: Any) -> list[str]:
     said = []
     table = {0: torch.zeros(10, 4)} if rank == 0 else {7: torch.zeros(10, 4)}
