@@ -77,6 +77,7 @@ def die_with_launcher() -> None:
 def _environment(rank: int, ranks: int, port: int, threads: int) -> dict[str, str]:
     return {
         "OMP_NUM_THREADS": str(threads),
+        "GLOO_SOCKET_IFNAME": "lo",  # else gloo asks the resolver for this host's name
         **os.environ,
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from blsrdma import launchers, spawn
 from blsrdma.errors import SettingsError
+from dlrm import mpiexec
 from dlrm.errors import DlrmError, NotExact, OptionError
 from dlrm.options import Options, parse
 
@@ -28,7 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"dlrm: {error}", file=sys.stderr)
         return 2
     if rank is None:
-        return guarded("dlrm", lambda: spawn.launch("dlrm", arguments, ranks, options.threads), options.debug)
+        start = mpiexec.become if options.dist_backend == "mpi" else spawn.launch
+        return guarded("dlrm", lambda: start("dlrm", arguments, ranks, options.threads), options.debug)
     return guarded(f"rank {rank}", lambda: run_rank(options, rank, ranks), options.debug)
 
 
@@ -58,7 +60,8 @@ def run_rank(options: Options, rank: int, ranks: int) -> None:
     from dlrm.worker import Worker
 
     worker = Worker(options, rank, ranks)
-    store = store_from_environment(rank, ranks, options.timeout)
+    mpi = options.dist_backend == "mpi"  # which needs no store to meet
+    store = None if mpi else store_from_environment(rank, ranks, options.timeout)
     result = worker.run(store)
     if result is None:
         return

@@ -13,11 +13,12 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from blsrdma import Exchange
+    from dlrm.collective import Collective
 
 WINDOW_BYTES = 1 << 18
 
 
-def gather(exchange: Exchange, array: NDArray[Any]) -> list[NDArray[Any]] | None:
+def gather(exchange: Exchange | Collective, array: NDArray[Any]) -> list[NDArray[Any]] | None:
     """One array per rank, flat, of the sender's dtype, at rank 0; None elsewhere. Collective; dtypes must agree.
 
     Sizes go to everyone first, so that all ranks take part in the same number of rounds.
@@ -37,19 +38,19 @@ def gather(exchange: Exchange, array: NDArray[Any]) -> list[NDArray[Any]] | None
     return [result.view(array.dtype) for result in results] if exchange.rank == 0 else None
 
 
-def gather_json(exchange: Exchange, value: Any) -> list[Any] | None:
+def gather_json(exchange: Exchange | Collective, value: Any) -> list[Any] | None:
     """One JSON value per rank at rank 0; None elsewhere. Collective."""
     parts = gather(exchange, np.frombuffer(json.dumps(value).encode(), np.uint8))
     return None if parts is None else [json.loads(part.tobytes()) for part in parts]
 
 
-def barrier(exchange: Exchange) -> None:
+def barrier(exchange: Exchange | Collective) -> None:
     """Return when every rank has called it. Collective."""
     with exchange.post(np.empty(0, np.uint8), [0] * exchange.world_size):
         pass
 
 
-def agree(exchange: Exchange, facts: dict[str, str]) -> None:
+def agree(exchange: Exchange | Collective, facts: dict[str, str]) -> None:
     """Raise Disagreement, on every rank, where ranks do not bring the same facts. Collective."""
     message = np.frombuffer(json.dumps(facts).encode(), np.uint8)
     ranks = exchange.world_size
@@ -62,7 +63,7 @@ def agree(exchange: Exchange, facts: dict[str, str]) -> None:
             raise Disagreement(f"{name}: rank {rank} has {other.get(name)}, rank 0 has {all_facts[0][name]}")
 
 
-def largest(exchange: Exchange, values: list[int]) -> list[int]:
+def largest(exchange: Exchange | Collective, values: list[int]) -> list[int]:
     """The largest over all ranks of each value, on every rank. Collective; as many values everywhere."""
     message = np.array(values, np.int64)
     with exchange.post(np.tile(message, exchange.world_size)) as received:

@@ -47,6 +47,10 @@ class CheckpointError(DlrmError):
     """A checkpoint that cannot be read or does not fit the model; lists every missing, extra and misshapen key."""
 
 
+class CollectiveFailed(DlrmError):
+    """An all-to-all of another library (--dist-backend) failed or timed out; names it, the rank and the iteration."""
+
+
 class NotExact(DlrmError):
     """--verify found a bit that differs from the single-process computation."""
 

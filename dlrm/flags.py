@@ -27,6 +27,7 @@ examples:
   python -m dlrm --ranks 2 --raw-data-file rows.tsv --load-model model.pt --arch-sparse-feature-size 8 \\
                  --arch-mlp-bot 13-64-8 --arch-mlp-top 64-1 --first-sample 6400      a model of `python -m dlrm.fit`
   python -m dlrm --ranks 4 --max-ind-range -1 --placement greedy --replicate-below 1000 --plan
+  python -m dlrm --ranks 2 --lag 2 --dist-backend gloo  the same over gloo, or mpi, or nccl
   python -m dlrm --ranks 2 --input sharded --arrival-rate 200 --num-batches 1000 --lag 2
   python -m dlrm --arch-embedding-size 1000-1000-50 --arch-mlp-bot 4-16-8 --arch-mlp-top 32-1 \\
                  --arch-sparse-feature-size 8 --num-indices-per-lookup 4
@@ -272,7 +273,15 @@ def _serving_flags(add: Callable[..., Any]) -> None:
         metavar="R:FROM:LENGTH",
         help="open loop, sharded: nothing arrives at rank R for a while, such as 1:2s:1s (none)",
     )
-    add("--dist-backend", default="bls", metavar="NAME", help="bls; there is no other (bls)")
+    add(
+        "--dist-backend",
+        choices=("", "bls", "gloo", "mpi", "nccl", "torch-bls"),
+        default="bls",
+        metavar="NAME",
+        help="who carries the pooled vectors: bls, an exchange of blsrdma; or for comparison an all-to-all of "
+        "torch.distributed (gloo, nccl, or torch-bls: blsrdma through torch) or mpi (mpi4py), with lag + 1 operations "
+        "in flight (bls)",
+    )
 
 
 def _output_flags(add: Callable[..., Any]) -> None:

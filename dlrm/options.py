@@ -51,6 +51,7 @@ class Options:
     arrival_rate: float | None
     arrival: Literal["poisson", "fixed"]
     quiet: str
+    dist_backend: Literal["bls", "gloo", "mpi", "nccl", "torch-bls"]
     print_freq: int
     print_time: bool
     ranks: int | None
@@ -99,17 +100,15 @@ def parse(argv: Sequence[str]) -> Options:
         given["data_set"] = guess(file)
         first = DENSE_FEATURES.get(given["data_set"], CRITEO_DENSE)
     bottom = given["arch_mlp_bot"] or (first, 512, 256, 64, given["arch_sparse_feature_size"])
-    backend = given["dist_backend"]
-    if backend not in ("", "bls"):
-        raise OptionError(f"--dist-backend {backend}: ranks always talk through blsrdma; leave it out, or say bls")
     if given["test_mini_batch_size"] > 0:
         given["mini_batch_size"] = given["test_mini_batch_size"]
-    for name in ("inference_only", "test_mini_batch_size", "dist_backend"):
+    for name in ("inference_only", "test_mini_batch_size"):
         del given[name]
     options = Options(
         **{
             **given,
             "arch_mlp_bot": bottom,
+            "dist_backend": given["dist_backend"] or "bls",
             "data_generation": generation,
             "num_indices_per_lookup": given["num_indices_per_lookup"] or (10,),
             "digest": given["digest"] or given["verify"],
@@ -159,6 +158,8 @@ def _check(options: Options) -> None:
     parse_quiet(options.quiet)
     if options.quiet != "none" and (options.arrival_rate is None or options.input != "sharded"):
         raise OptionError("--quiet wants --arrival-rate and --input sharded: else every rank has every batch")
+    if options.input == "sharded" and options.dist_backend != "bls":
+        raise OptionError(f"--input sharded wants --dist-backend bls, not {options.dist_backend}")
     if options.data_generation == "random":
         draws.parse(options.rand_data_dist)
     if not 0 <= options.loss_threshold < 0.5:

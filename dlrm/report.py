@@ -38,7 +38,8 @@ def assemble(options: Options, timelines: list[NDArray[np.int64]], stats: list[d
 
     The run lasts from the common start to the last prediction of the slowest rank. Latency is from the moment a rank
     begins an iteration, in an open loop from the arrival of its batch, to its predictions being ready.
-    `wait_ms[q]` is what all ranks together waited for rank q, `wait_ms_by_rank[r][q]` what rank r did. `floor_ms` is
+    `wait_ms[q]` is what all ranks together waited for rank q, `wait_ms_by_rank[r][q]` what rank r did (0, as is
+    `max_lead_seen`, where --dist-backend is not bls, for a collective does not tell). `floor_ms` is
     how long the run had to take, given each rank's own work and delays as they were, were the exchange free (see
     timeline.floor; None in an open loop and where input is sharded).
     `phases_ms[r]` is where the time of rank r went (assemble: pooled vectors copied to where they are multiplied);
@@ -97,6 +98,8 @@ def show(values: dict[str, Any]) -> None:
         ("largest lead", f"{values['max_lead_seen']} iterations"),
         ("carried", ", ".join(f"{path} {count / 1e6:.1f} MB" for path, count in values["bytes_by_path"].items())),
     ]
+    if (backend := values["settings"]["dist_backend"]) != "bls":  # which does not tell whom a rank waited for
+        rows[4:6] = [("exchanged by", backend)]
     for rank, phases in enumerate(values["phases_ms"]):
         rows.append((f"rank {rank} spent", ", ".join(f"{name} {spent:.0f} ms" for name, spent in phases.items())))
     if values["floor_ms"] is not None:

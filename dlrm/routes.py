@@ -7,8 +7,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from dlrm.collective import Collective
+
 if TYPE_CHECKING:
     from blsrdma import Exchange, Handle
+    from dlrm.collective import Delivery
     from dlrm.data.batch import Batch
     from dlrm.placement import Placement
     from dlrm.tables import Tables
@@ -17,7 +20,7 @@ if TYPE_CHECKING:
 class Flight:
     """The pooled vectors of one iteration on their way to this rank."""
 
-    def __init__(self, handle: Handle, samples: int, widths: list[tuple[int, int]]) -> None:
+    def __init__(self, handle: Handle | Delivery, samples: int, widths: list[tuple[int, int]]) -> None:
         self._handle = handle
         self._shapes = [(samples, tables, dim) for tables, dim in widths]
         self.iteration: int = handle.iteration
@@ -42,12 +45,12 @@ class AlltoallvRoute:
     which grows to lag + 2 of them, and further where messages take longer to leave.
     """
 
-    def __init__(self, exchange: Exchange, tables: Tables, placement: Placement, batch_size: int) -> None:
+    def __init__(self, exchange: Exchange | Collective, tables: Tables, placement: Placement, batch_size: int) -> None:
         self._exchange = exchange
         self.tables = tables
         self._placement = placement
         self._elements = batch_size * len(tables.owned) * tables.dim
-        self._ring: list[tuple[Tensor, Handle | None]] = []
+        self._ring: list[tuple[Tensor, Handle | Delivery | None]] = []
         self._lent = False  # the last buffer of the ring, since the latest post
 
     @property
@@ -86,9 +89,15 @@ class AlltoallvRoute:
     def send(self, pooled: Tensor, samples: list[int]) -> Flight:
         """Send the latest lookup [sum of samples, tables, dim]: the first samples[0] to rank 0, and so on."""
         row = pooled.shape[1] * pooled.shape[2]
-        handle = self._exchange.post(pooled.view(-1), [count * row for count in samples])
+        handle = self._post(pooled.view(-1), [count * row for count in samples], samples[self._exchange.rank])
         if self._lent:
             self._ring[-1] = (self._ring[-1][0], handle)
             self._lent = False
         widths = [(len(tables), self.tables.dim) for tables in self._placement.tables]
         return Flight(handle, samples[self._exchange.rank], widths)
+
+    def _post(self, vectors: Tensor, counts: list[int], mine: int) -> Handle | Delivery:
+        if isinstance(self._exchange, Collective):
+            expected = [mine * len(tables) * self.tables.dim for tables in self._placement.tables]
+            return self._exchange.post(vectors, counts, expected=expected)
+        return self._exchange.post(vectors, counts)

@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch.distributed import PrefixStore
 from tqdm import tqdm
 
 from dlrm import checkpoint, collect, delays, kernels, metrics, planner, report
+from dlrm.collective import Collective
 from dlrm.data import open_source
 from dlrm.data.batch import Batch, preload, recut
 from dlrm.dense import DenseWork
@@ -32,7 +34,7 @@ from dlrm.timeline import COLUMNS, Timeline, clock
 from dlrm.verify import SingleProcess, first_difference
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from numpy.typing import NDArray
     from torch import Tensor
@@ -83,23 +85,18 @@ class Worker:
         )
         return recut(chunks, options.mini_batch_size, options.num_batches, options.first_sample)
 
-    def run(self, store: Store, name: str = "dlrm", **changes: Any) -> Report | None:
+    def run(self, store: Store | None, name: str = "dlrm", **changes: Any) -> Report | None:
         """Run all batches, and report at rank 0. Collective; `name` must be new to the store.
 
-        `changes` replace options of this one run: lag, delay, delay_seed, num_batches, mini_batch_size, digest. Raises
-        Disagreement where ranks were started with different options; whatever the exchange raises passes through.
+        `changes` replace options of this one run: lag, delay, delay_seed, num_batches, mini_batch_size, digest,
+        dist_backend. Raises Disagreement where ranks were started with different options; whatever the exchange raises
+        passes through.
         """
-        from blsrdma import Exchange
-
         options = replace(self.options, **changes)
         needed = self.placement.largest_message(options.mini_batch_size, self.shape.dim)
         sharded = options.input == "sharded"
         with ExitStack() as stack:
-
-            def exchange(suffix: str, lag: int, window_bytes: int) -> Exchange:
-                settings: dict[str, Any] = {"lag": lag, "window_bytes": window_bytes, "timeout": options.timeout}
-                return stack.enter_context(Exchange(store, self.rank, self.ranks, name=name + suffix, **settings))
-
+            exchange = self._exchanges(options, store, name, stack)
             collector = exchange("/collect", 0, collect.WINDOW_BYTES)
             collect.agree(collector, self._facts(options))
             rows = exchange("", options.lag, options.window_bytes or max(needed, 64))
@@ -116,7 +113,7 @@ class Worker:
             self._batches = None
             engine: Engine | QueryEngine
             if sharded:
-                asking = exchange("/queries", options.lag, options.window_bytes or self._query_bytes)
+                asking: Any = exchange("/queries", options.lag, options.window_bytes or self._query_bytes)
                 engine = QueryEngine(self.rank, self.placement, asking, route, self._work, **settings)
                 running = engine.run(self._own(batches))
             else:
@@ -130,6 +127,26 @@ class Worker:
             stats["cpu_seconds"], stats["resident_bytes"] = cpu_seconds, resident_bytes()
             stats["table_bytes"] = self.tables.nbytes() + (self._replicated.nbytes() if self._replicated else 0)
             return self._report(options, collector, engine.timeline, stats, results)
+
+    def _exchanges(
+        self, options: Options, store: Store | None, name: str, stack: ExitStack
+    ) -> Callable[[str, int, int], Exchange | Collective]:
+        """What makes the exchanges of a run, given the end of a name, a lag and the size of windows."""
+        if options.dist_backend != "bls":
+            from dlrm import transports
+
+            own = store and PrefixStore(name, store)
+            make = stack.enter_context(
+                transports.opened(options.dist_backend, own, self.rank, self.ranks, options.timeout)
+            )
+            return lambda _, lag, window_bytes: Collective(make(lag, window_bytes), lag, options.timeout)
+        from blsrdma import Exchange
+
+        def exchange(suffix: str, lag: int, window_bytes: int) -> Exchange:
+            settings: dict[str, Any] = {"lag": lag, "window_bytes": window_bytes, "timeout": options.timeout}
+            return stack.enter_context(Exchange(store, self.rank, self.ranks, name=name + suffix, **settings))
+
+        return exchange
 
     def _planned(self, ready: Iterator[Batch]) -> Plan:
         """The plan; looks into the data only where it has to, and puts back what it took."""
@@ -165,6 +182,7 @@ class Worker:
             "data": repr([getattr(options, name) for name in DATA_OPTIONS]),
             "lag": str(options.lag),
             "input": options.input,
+            "dist-backend": options.dist_backend,
         }
 
     @cached_property
@@ -236,7 +254,7 @@ class Worker:
     def _report(
         self,
         options: Options,
-        collector: Exchange,
+        collector: Exchange | Collective,
         timeline: Timeline,
         stats: dict[str, Any],
         results: list[Predictions],

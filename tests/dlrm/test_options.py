@@ -42,7 +42,7 @@ def test_a_file_decides_the_source() -> None:
         ("--predictions out.txt", "must end in .npy or .csv"),
         ("--max-ind-range 0", "wanted a number of rows"),
         ("--delay never", "is not understood"),
-        ("--dist-backend ccl", "blsrdma"),
+        ("--dist-backend gloo --input sharded", "wants --dist-backend bls"),
         ("--quiet 1:2s:1s", "wants --arrival-rate"),
         ("--quiet x --arrival-rate 5 --input sharded", "is not understood"),
         ("--rand-data-dist zipf", "zipf wants s above 0"),
@@ -75,6 +75,7 @@ def test_values_that_do_not_fit_together(line: str, says: str) -> None:
         ("--qr-flag", "--qr-flag: QR embeddings: use plain ones"),
         ("--md-flag --md-threshold 3", "MD embeddings"),
         ("--nepochs=2", "only does inference"),
+        ("--dist-backend ccl", "invalid choice: 'ccl'"),
         ("--lags 3", "unrecognized"),
     ],
 )
