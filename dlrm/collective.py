@@ -88,7 +88,7 @@ class Collective:
         `expected`: items that come from each rank; where it is not known (None), sizes are exchanged first.
         """
         self.begin()
-        data = send if isinstance(send, Tensor) else torch.from_numpy(np.require(send, requirements="CW"))
+        data = send if isinstance(send, Tensor) else torch.from_numpy(np.require(send, requirements=("C", "W")))
         ranks = self.world_size
         parts = [len(data) // ranks] * ranks if counts is None else list(counts)
         with self.named(self.iteration):
