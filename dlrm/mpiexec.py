@@ -18,6 +18,7 @@ from dlrm.errors import OptionError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+
 def become(module: str, arguments: Sequence[str], ranks: int, threads: int) -> None:
     """Replace this process by an mpiexec that starts `ranks` ranks of `python -m module arguments` on this machine.
 
