@@ -152,3 +152,7 @@ class LookupRefused(BlsrdmaError):
 
     def __reduce__(self) -> tuple[object, ...]:
         return type(self), (str(self), self.rank, self.table, self.index)
+
+
+class ReadsUnavailable(BlsrdmaError):
+    """Mode get was asked for, and an owner's tables cannot be read without its help. Raised at the start."""

@@ -31,7 +31,14 @@ import numpy as np
 
 from blsrdma import hosts, request_windows
 from blsrdma.asked import Asked, places, slices
-from blsrdma.errors import BlsrdmaError, ExchangeClosed, MemoryLimitExceeded, PeerFailed, SettingsError
+from blsrdma.errors import (
+    BlsrdmaError,
+    ExchangeClosed,
+    MemoryLimitExceeded,
+    PeerFailed,
+    ReadsUnavailable,
+    SettingsError,
+)
 from blsrdma.fabric import Fabric
 from blsrdma.lookup_errors import lookup_error
 from blsrdma.lookup_settings import LookupSettings
@@ -114,7 +121,7 @@ class Lookup:
             self._mean = self.settings.pooling == "mean"
             self._fabric = Fabric.of_process()
             self._arenas = [self._fabric.allocate(each.arena_bytes) for each in self._geometry]
-            if self.settings.mode == "get":
+            if self.settings.mode != "put":
                 self._arenas.append(self._fabric.allocate(self._tables_bytes(own)))
             self._data = self._stored(own, [data for _, data in described])
         except BaseException as error:
@@ -295,7 +302,7 @@ class Lookup:
         if limit is None:
             limit = default_memory_limit(int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size)))
         windows = [geometry.arena_bytes for geometry in self._geometry]
-        rows = self._tables_bytes(own) if settings.mode == "get" else 0
+        rows = self._tables_bytes(own) if settings.mode != "put" else 0
         if sum(windows) + rows > limit:
             raise MemoryLimitExceeded(
                 f"lookups need {format_size(sum(windows) + rows)} per rank ({format_size(windows[0])} of request "
@@ -334,6 +341,8 @@ class Lookup:
                 for q, blob in enumerate(blobs) if q != self.rank
             ]  # fmt: skip
             core.connect(peers, self._neighbours.pidfds(), self._timeout_ns)
+            if self.settings.mode == "get":
+                self._refuse_emulated_reads(core)
         except BaseException as failed:
             error = failed
         try:
@@ -341,11 +350,20 @@ class Lookup:
         except BlsrdmaError:
             if core is not None and not core.close(_ERRED, 0, "it could not connect", timeout_ns(1.0)):
                 _quarantine.append((core, self._arenas, self._fabric, self._data))
-            if isinstance(error, SettingsError):
+            if isinstance(error, SettingsError | ReadsUnavailable):
                 raise error from None
             raise
         assert core is not None
         return core
+
+    def _refuse_emulated_reads(self, core: native.Lookup) -> None:
+        owners = {facts.owner for facts in self._tables} - {self.rank}
+        if apart := [q for q in sorted(owners) if not core.readable(q)]:
+            raise ReadsUnavailable(
+                f"lookup {self.name!r}, mode get: rank {self.rank} cannot map the tables of rank "
+                f"{', '.join(map(str, apart))} ({core.transport(apart[0])}), and reads over the network are not served "
+                "yet (over TCP UCX would emulate them, and need the owner): use mode put, or auto"
+            )
 
     def _make_core(self, epoch: int) -> native.Lookup:
         settings, common = self.settings, self.settings.common
@@ -359,7 +377,7 @@ class Lookup:
         return native.Lookup(
             self._fabric.native, self._arenas[0], self._arenas[1], tables,
             (_native(self._geometry[0]), _native(self._geometry[1])), self.rank, common.lag, epoch, common.direct,
-            common.checksum, settings.mode == "get", settings.serve == "inline",
+            common.checksum, settings.mode != "put", settings.serve == "inline",
             settings.on_peer_failure == "degrade", settings.default_row, settings.serve_share,
             timeout_ns(common.keepalive), (2000 if free else 0, 1000 if free else 20), (2000 if free else 0, 2),
         )  # fmt: skip

@@ -2,7 +2,8 @@
 
 | keyword         | default | meaning |
 |-----------------|---------|---------|
-| mode            | put     | put: owners pool rows and put them; get: requesters read rows and pool them |
+| mode            | put     | put: owners pool rows and put them; get: requesters read rows and pool them; |
+|                 |         | auto: get from owners whose tables are mapped here, put from the others |
 | request_bytes   | *       | of a request window; larger requests are cut. *: window_bytes |
 | response_bytes  | *       | of a response window; *: window_bytes |
 | pooling         | sum     | sum or mean of a bag's rows |
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 CHOICES = {
-    "mode": ("put", "get"),
+    "mode": ("put", "get", "auto"),
     "pooling": ("sum", "mean"),
     "serve": ("thread", "inline"),
     "on_peer_failure": ("raise", "degrade"),
@@ -42,7 +43,7 @@ class LookupSettings:
     common: Settings
     request_bytes: int
     response_bytes: int
-    mode: Literal["put", "get"] = "put"
+    mode: Literal["put", "get", "auto"] = "put"
     pooling: Literal["sum", "mean"] = "sum"
     serve: Literal["thread", "inline"] = "thread"
     serve_share: float = 1.0

@@ -260,6 +260,14 @@ def _serving_flags(add: Callable[..., Any]) -> None:
         "and the indices travel, too (replicated)",
     )
     add(
+        "--exchange",
+        choices=("alltoallv", "put", "get", "auto"),
+        default="alltoallv",
+        help="alltoallv: a collective of all ranks in every iteration; put: each rank asks the owners, who pool and "
+        "answer apart from their own loops; get: it reads the rows it needs out of the owners' memory, and pools them; "
+        "auto: get from owners whose memory is mapped here, put from others (alltoallv)",
+    )
+    add(
         "--arrival-rate",
         type=positive,
         metavar="R",

@@ -48,6 +48,7 @@ class Options:
     replicate_below: int
     plan: bool
     input: Literal["replicated", "sharded"]
+    exchange: Literal["alltoallv", "put", "get", "auto"]
     arrival_rate: float | None
     arrival: Literal["poisson", "fixed"]
     quiet: str
@@ -168,5 +169,9 @@ def _check(options: Options) -> None:
         raise OptionError(f"--quantize-emb-with-bit 4 wants an even --arch-sparse-feature-size, not {dim}")
     if options.table_kernel == "fbgemm" and options.quantize_emb_with_bit not in (8, 4):
         raise OptionError("--table-kernel fbgemm wants --quantize-emb-with-bit 8 or 4")
+    if options.exchange != "alltoallv" and options.table_kernel != "torch":
+        raise OptionError(f"--exchange {options.exchange} wants --table-kernel torch: those rows it pools alike")
+    if options.exchange != "alltoallv" and options.dist_backend != "bls":
+        raise OptionError(f"--exchange {options.exchange} wants --dist-backend bls: others have collectives only")
     if options.predictions and not options.predictions.endswith((".npy", ".csv")):
         raise OptionError(f"--predictions {options.predictions}: the name must end in .npy or .csv")

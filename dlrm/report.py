@@ -56,9 +56,8 @@ def assemble(options: Options, timelines: list[NDArray[np.int64]], stats: list[d
         for peer in one["peers"]:
             carried[peer["path"]] += peer["bytes"]
             transports[peer["transport"]] += peer["bytes"]
-    floor = timeline.floor(
-        runs[:, :, timeline.BEFORE] / 1e9, runs[:, :, timeline.AFTER] / 1e9, ends[:, 2] / 1e9, options.lag
-    )
+    bound = options.lag if options.exchange == "alltoallv" else batches  # without a collective nobody waits for a loop
+    floor = timeline.floor(runs[:, :, timeline.BEFORE] / 1e9, runs[:, :, timeline.AFTER] / 1e9, ends[:, 2] / 1e9, bound)
     latencies = (runs[:, :, timeline.EMITTED] - runs[:, :, timeline.ARRIVED]) / 1e6
     modelled = options.input == "replicated" and options.arrival_rate is None
     return {
@@ -77,7 +76,7 @@ def assemble(options: Options, timelines: list[NDArray[np.int64]], stats: list[d
         "cpu_seconds": [float(one["cpu_seconds"]) for one in stats],
         "resident_bytes": [int(one["resident_bytes"]) for one in stats],
         "table_bytes": [int(one["table_bytes"]) for one in stats],
-        "max_lead_seen": max(int(one["max_lead"]) for one in stats),
+        "max_lead_seen": None if stats[0]["max_lead"] is None else max(int(one["max_lead"]) for one in stats),
         "bytes_by_path": dict(carried),
         "bytes_by_transport": dict(transports),
         "window_memory_bytes": [int(one["memory_bytes"]) for one in stats],
@@ -95,7 +94,7 @@ def show(values: dict[str, Any]) -> None:
         ("throughput", f"{values['samples_per_s']:,.0f} samples/s, {values['ms_per_iteration']:.3f} ms/iteration"),
         ("latency", ", ".join(f"{name} {value:.2f} ms" for name, value in latency.items())),
         ("waited for", ", ".join(f"rank {rank} {wait:.0f} ms" for rank, wait in enumerate(values["wait_ms"]))),
-        ("largest lead", f"{values['max_lead_seen']} iterations"),
+        ("largest lead", "without bound" if (lead := values["max_lead_seen"]) is None else f"{lead} iterations"),
         ("carried", ", ".join(f"{path} {count / 1e6:.1f} MB" for path, count in values["bytes_by_path"].items())),
     ]
     if (backend := values["settings"]["dist_backend"]) != "bls":  # which does not tell whom a rank waited for

@@ -7,6 +7,7 @@ for predictions in dlrm.serve(model, batches, lag=2):
 
 from __future__ import annotations
 
+import logging
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import chain
@@ -16,6 +17,7 @@ import torch
 
 from dlrm import checkpoint as checkpoints
 from dlrm import collect, delays, kernels
+from dlrm.asking import AskEngine, AskRoute, own_tables, window_sizes
 from dlrm.dense import DenseWork
 from dlrm.engine import Engine, Predictions
 from dlrm.model import Dense
@@ -29,11 +31,14 @@ if TYPE_CHECKING:
 
     from torch.distributed import Store
 
-    from blsrdma import Exchange
+    from blsrdma import Exchange, Lookup
     from dlrm.arrivals import Arrivals
     from dlrm.data.batch import Batch
     from dlrm.kernels import Bits
     from dlrm.shape import ModelShape
+
+
+log = logging.getLogger("dlrm")
 
 
 @dataclass(frozen=True)
@@ -90,6 +95,8 @@ def serve(
     batch_size: int | None = None,
     query_bytes: int | None = None,
     timeout: float = 60.0,
+    exchange: Literal["alltoallv", "put", "get", "auto"] = "alltoallv",
+    on_peer_failure: Literal["raise", "degrade"] = "raise",
     store: Store | None = None,
     name: str = "serve",
 ) -> Iterator[Predictions]:
@@ -104,11 +111,14 @@ def serve(
         arrivals: when batches arrive (open loop); None: the next one is there when it is asked for.
         batch_size, query_bytes: room for batches, and for messages of row numbers (sharded), which larger ones only
             slow down; None: what the ranks' first batches need, of query_bytes twice as much.
-        dense_block, timeout, store: as --dense-block and --timeout; the store of torchrun's environment.
+        dense_block, timeout, exchange: as --dense-block, --timeout and --exchange.
+        on_peer_failure: with put, get or auto, what becomes of bags whose owner has failed: PeerFailed is raised, or
+            they are zeros, and counted in the log at the end (degrade).
+        store: None: that of torchrun's environment.
 
     Raises BadIndex before anything of a bad batch is sent, and whatever the exchange raises.
     """
-    from blsrdma import Exchange
+    from blsrdma import Exchange, Lookup
     from blsrdma.rendezvous import store_from_environment
 
     rank, placement = model.rank, model.placement
@@ -119,30 +129,57 @@ def serve(
     source = chain([] if head is None else [head], source)
     with ExitStack() as stack:
 
-        def exchange(suffix: str, window_bytes: int, lag: int = lag) -> Exchange:
+        def opened(suffix: str, window_bytes: int, lag: int = lag) -> Exchange:
             settings: dict[str, Any] = {"lag": lag, "window_bytes": window_bytes, "timeout": timeout}
             return stack.enter_context(Exchange(store, rank, ranks, name=name + suffix, **settings))
 
         needs = [head.size if head is not None else 0, largest_query(head, placement)]
-        sizes = collect.largest(exchange("/sizes", 64, 0), needs)
+        sizes = collect.largest(opened("/sizes", 64, 0), needs)
         size, asked = batch_size or max(1, sizes[0]), query_bytes or 2 * sizes[1]
         # Sharded, every rank has as many samples as that; else it has its slice of them.
         window = placement.largest_message(size * (ranks if input == "sharded" else 1), model.shape.dim)
         total = size * ranks if input == "sharded" else size
-        route = AlltoallvRoute(exchange("", max(64, window)), model.tables, placement, total)
         settings: dict[str, Any] = {
             "delay": delays.NoDelay(),
             "replicated": model.replicated,
             "arrivals": arrivals and arrivals.times(rank, rank if input == "sharded" else 0),
         }
         dense = DenseWork(model.dense, dense_block)
+        running: Iterator[Predictions]
+        if exchange != "alltoallv":
+            windows = window_sizes(asked, placement, total, model.shape.dim)
+            lookup = stack.enter_context(
+                Lookup(
+                    own_tables(model.tables, placement, rank), store, rank, ranks, name=name, lag=lag, mode=exchange,
+                    pooling=model.tables.pooling, timeout=timeout, on_peer_failure=on_peer_failure, **windows,
+                )
+            )  # fmt: skip
+            stack.callback(tell_degraded, lookup)
+            engine = AskEngine(rank, placement, AskRoute(lookup, model.tables, placement), dense, **settings)
+            with torch.inference_mode():
+                yield from engine.run(own(batch, placement, rank, input) for batch in source)
+            return
+        route = AlltoallvRoute(opened("", max(64, window)), model.tables, placement, total)
         if input == "replicated":
             running = Engine(rank, placement, route, dense, **settings).run(source)
         else:
-            queries = QueryEngine(rank, placement, exchange("/queries", asked), route, dense, **settings)
+            queries = QueryEngine(rank, placement, opened("/queries", asked), route, dense, **settings)
             running = queries.run(Own(batch, range(batch.size)) for batch in source)
         with torch.inference_mode():
             yield from running
+
+
+def own(batch: Batch, placement: Placement, rank: int, input: Literal["replicated", "sharded"]) -> Own:  # noqa: A002 - as serve
+    """A rank's own samples of a batch that all have, or all of one of its own."""
+    samples = range(batch.size) if input == "sharded" else placement.samples(batch.size)[rank]
+    return Own(batch if input == "sharded" else batch.slice(samples.start, samples.stop), samples)
+
+
+def tell_degraded(lookup: Lookup) -> None:
+    """Say how many bags were answered with zeros."""
+    count = sum(peer["asked"]["degraded"] for peer in lookup.stats()["peers"])
+    if count:
+        log.warning("rank %d: %d bags of failed owners were answered with zeros", lookup.rank, count)
 
 
 def largest_query(batch: Batch | None, placement: Placement) -> int:

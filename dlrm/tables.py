@@ -61,6 +61,10 @@ class Tables(nn.Module):
         """The tables of which there is something here, in the order of lookups."""
         return tuple(piece.table for piece in self.owned)
 
+    def stored(self) -> tuple[Tensor, ...]:
+        """The rows of each of `owned`, as the kernel stores them, [rows, width]."""
+        return self._weights
+
     def nbytes(self) -> int:
         """Bytes of all rows as stored."""
         return self._all.nbytes

@@ -20,6 +20,7 @@ from torch.distributed import PrefixStore
 from tqdm import tqdm
 
 from dlrm import checkpoint, collect, delays, kernels, metrics, planner, report
+from dlrm.asking import AskEngine, AskRoute, own_tables, traffic, window_sizes
 from dlrm.collective import Collective
 from dlrm.data import open_source
 from dlrm.data.batch import Batch, preload, recut
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.distributed import Store
 
-    from blsrdma import Exchange
+    from blsrdma import Exchange, Lookup
     from dlrm.options import Options
     from dlrm.placement import Piece
     from dlrm.planner import Plan
@@ -99,8 +100,6 @@ class Worker:
             exchange = self._exchanges(options, store, name, stack)
             collector = exchange("/collect", 0, collect.WINDOW_BYTES)
             collect.agree(collector, self._facts(options))
-            rows = exchange("", options.lag, options.window_bytes or max(needed, 64))
-            route = AlltoallvRoute(rows, self.tables, self.placement, options.mini_batch_size)
             arrivals = options.arrivals()
             settings: dict[str, Any] = {
                 "delay": delays.parse(options.delay, options.delay_seed),
@@ -111,19 +110,28 @@ class Worker:
             same = all(getattr(options, name) == getattr(self.options, name) for name in DATA_OPTIONS)
             batches = self._batches if same and self._batches else preload(self.batches(options))
             self._batches = None
-            engine: Engine | QueryEngine
-            if sharded:
-                asking: Any = exchange("/queries", options.lag, options.window_bytes or self._query_bytes)
-                engine = QueryEngine(self.rank, self.placement, asking, route, self._work, **settings)
+            engine: Engine | QueryEngine | AskEngine
+            if options.exchange != "alltoallv":
+                lookup = stack.enter_context(self._lookup(store, name, options))
+                asked = AskRoute(lookup, self.tables, self.placement)
+                engine = AskEngine(self.rank, self.placement, asked, self._work, **settings)
                 running = engine.run(self._own(batches))
             else:
-                engine = Engine(self.rank, self.placement, route, self._work, **settings)
-                running = engine.run(batches)
+                rows = exchange("", options.lag, options.window_bytes or max(needed, 64))
+                route = AlltoallvRoute(rows, self.tables, self.placement, options.mini_batch_size)
+                if sharded:
+                    asking: Any = exchange("/queries", options.lag, options.window_bytes or self._query_bytes)
+                    engine = QueryEngine(self.rank, self.placement, asking, route, self._work, **settings)
+                    running = engine.run(self._own(batches))
+                else:
+                    engine = Engine(self.rank, self.placement, route, self._work, **settings)
+                    running = engine.run(batches)
             collect.barrier(collector)
             began = time.process_time()
             results = list(self._watched(running))
             cpu_seconds = time.process_time() - began
-            stats = rows.stats() | {"phases_ms": {name: t / 1e6 for name, t in engine.timeline.phases.items()}}
+            traffic_stats = rows.stats() if options.exchange == "alltoallv" else traffic(lookup)
+            stats = traffic_stats | {"phases_ms": {name: t / 1e6 for name, t in engine.timeline.phases.items()}}
             stats["cpu_seconds"], stats["resident_bytes"] = cpu_seconds, resident_bytes()
             stats["table_bytes"] = self.tables.nbytes() + (self._replicated.nbytes() if self._replicated else 0)
             return self._report(options, collector, engine.timeline, stats, results)
@@ -147,6 +155,18 @@ class Worker:
             return stack.enter_context(Exchange(store, self.rank, self.ranks, name=name + suffix, **settings))
 
         return exchange
+
+    def _lookup(self, store: Store | None, name: str, options: Options) -> Lookup:
+        """This rank's part in the lookups of a run."""
+        from blsrdma import Lookup
+
+        sizes = window_sizes(self._query_bytes, self.placement, options.mini_batch_size, self.shape.dim)
+        if options.window_bytes:
+            sizes = {size: max(options.window_bytes, 4 * self.shape.dim, 128) for size in sizes}
+        return Lookup(
+            own_tables(self.tables, self.placement, self.rank), store, self.rank, self.ranks, name=name + "/lookup",
+            lag=options.lag, mode=options.exchange, pooling=options.pooling, timeout=options.timeout, **sizes,
+        )  # fmt: skip
 
     def _planned(self, ready: Iterator[Batch]) -> Plan:
         """The plan; looks into the data only where it has to, and puts back what it took."""
@@ -183,6 +203,7 @@ class Worker:
             "lag": str(options.lag),
             "input": options.input,
             "dist-backend": options.dist_backend,
+            "exchange": options.exchange,
         }
 
     @cached_property

@@ -73,6 +73,7 @@ def test_alltoallv_of_mpi(kind: str, tmp_path: Path) -> None:
     small(tmp_path / "r.json", kind, f"{kind}-nb")
 
 
+@pytest.mark.slow
 def test_lookups(tmp_path: Path) -> None:
     path = tmp_path / "l.json"
     arguments = "--ranks 2 --tables 3 --rows 500 --samples 16 --iterations 12 --repeat 1 --outage 0.1".split()

@@ -19,7 +19,8 @@ from blsrdma.errors import (
     SettingsMismatch,
 )
 from blsrdma.lookup import Lookup
-from blsrdma.lookup_tables import Bags, Rows
+from blsrdma.lookup_settings import LookupSettings
+from blsrdma.lookup_tables import Bags, Rows, describe
 from tests.lookup.bags import DIMS, FORMATS, draw, pooled, rows, same_bits
 from tests.patterns import TRANSPORTS
 from tests.ranks import run_ranks
@@ -229,15 +230,9 @@ def start(rank: int, world: int, store: Any, tables: list[Any], settings: list[d
     ("tables", "settings", "words"),
     [
         ([{0: torch.zeros(2, 4)}, {0: torch.zeros(2, 4)}], [{}, {}], "table 0 is at ranks 0 and 1"),
-        ([{}, {}], [{"lag": 1}, {"lag": 2}], "lag is 1 on rank 0; 2 on rank 1"),
         ([{}, {}], [{"mode": "put"}, {"mode": "get"}], "mode is 'put' on rank 0; 'get' on rank 1"),
-        ([{}, {}], [{"mode": "push"}, {}], "must be one of put, get"),
-        ([{}, {}], [{"serve_share": 0}, {}], "must be above 0"),
         ([{}, {}], [{"request_bytes": 100}, {}], "must be at least 128"),
         ([{}, {3: torch.zeros(5, 500)}], [{"response_bytes": 1999}] * 2, "2000 bytes"),
-        ([{}, {3: torch.zeros(5, dtype=torch.uint8)}], [{}] * 2, "must be a contiguous matrix"),
-        ([{}, {3: torch.zeros(5, 12, dtype=torch.uint8)}], [{}] * 2, "need a format"),
-        ([{}, {3: torch.zeros(5, 12).t()}], [{}] * 2, "must be a contiguous matrix"),
         ([{}, {3: torch.zeros(5000, 100)}], [{"mode": "get", "memory_limit": 1 << 20, "window_bytes": 1024}] * 2,
          "1.9 MiB of registered tables); memory_limit is 1.0 MiB"),
     ],
@@ -288,3 +283,35 @@ def unfinished(rank: int, world: int, store: Any) -> str | None:
 
 def test_finish_names_who_still_asks() -> None:
     assert "have not finished: ranks 1" in run_ranks(unfinished, 2)[0].value
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        (torch.zeros(5, dtype=torch.uint8), "must be a contiguous matrix"),
+        (torch.zeros(5, 12, dtype=torch.uint8), "need a format"),
+        (torch.zeros(5, 12).t(), "must be a contiguous matrix"),
+        (torch.zeros(5, 12, dtype=torch.float64), "need a format"),
+        (Rows(torch.zeros(5, 12, dtype=torch.uint8), "int8"), "quantised rows need it"),
+        (Rows(torch.zeros(5, 12, dtype=torch.uint8), "int8", 5), "have 13 elements, not 12"),
+        (Rows(torch.zeros(5, 12), "int8", 4), "int8 rows are uint8, not float32"),
+    ],
+)
+def test_rows_that_cannot_be_served(rows: Any, words: str) -> None:
+    with pytest.raises(SettingsError, match=words):
+        describe(0, 0, rows)
+
+
+def test_settings_that_cannot_be() -> None:
+    for given, words in (
+        ({"mode": "push"}, "must be one of put, get, auto"),
+        ({"serve_share": 0}, "must be above 0"),
+        ({"request_bytes": -1}, "must be an integer >= 0"),
+        ({"lagg": 1}, "unknown setting: lagg"),
+        ({"environment": {"BLSRDMA_LOOKUP_MODUS": "get"}}, "BLSRDMA_LOOKUP_MODUS"),
+        ({"environment": {"BLSRDMA_LOOKUP_SERVE": "often"}}, "BLSRDMA_LOOKUP_SERVE = 'often': must be one of"),
+    ):
+        with pytest.raises(SettingsError, match=words):
+            LookupSettings.resolve(**{"environment": {}, **given})
+    settings = LookupSettings.resolve({"BLSRDMA_LOOKUP_MODE": "get", "BLSRDMA_LAG": "3"}, window_bytes=512)
+    assert (settings.mode, settings.common.lag, settings.request_bytes) == ("get", 3, 512)
