@@ -136,7 +136,7 @@ class BlsProcessGroup(ProcessGroup):
             if opts is not given and not opts.asyncOp:
                 self._lane.run(send, counts, outputs, expected, timeout)
                 return self._done
-        return AllToAllWork(self._lane, self._lane.post(send, counts, outputs, expected, timeout))
+        return AllToAllWork.of(self._lane, self._lane.post(send, counts, outputs, expected, timeout))
 
     # --- the group
 

@@ -44,6 +44,7 @@ class Lane:
         self._settings = settings
         self.timeout = timeout
         self.exchange: Exchange | None = None  # before the first operation
+        self._lag = self._window_bytes = 0  # the exchange's
         self._flying: deque[Operation] = deque()  # posted and not received
         self._lock = threading.Lock()
         self._ended: BaseException | None = None  # why, once close() has been called
@@ -67,10 +68,13 @@ class Lane:
         others wait for theirs; where such are expected they are therefore pulled in the background.
         """
         with self._lock:
-            operation = self._post(send, counts, outputs, expected, self._deadline(timeout))
-            exchange = operation.handle._exchange
-            large = max(expected) * operation.handle.item_bytes > exchange.window_bytes
-        if large:
+            operation = None
+            exchange = self.exchange
+            if exchange is not None and self._ended is None and len(self._flying) <= self._lag:
+                operation = self._post_at_once(exchange, send, counts, outputs, expected)
+            if operation is None:
+                operation = self._post(send, counts, outputs, expected, self._deadline(timeout))
+        if max(expected) * operation.handle.item_bytes > self._window_bytes:
             self._watch(operation)
         return operation
 
@@ -106,10 +110,11 @@ class Lane:
     def wait(self, operation: Operation, timeout: float | None = None) -> None:
         """Return when `operation` is done; raises its error. After a PeerTimeout the wait may be repeated."""
         if not operation.done:
-            deadline = self._deadline(timeout)
             with self._lock:
-                self._finish(operation, deadline)
-        operation.tell()
+                if timeout is not None or not self._receive_at_once(operation):
+                    self._finish(operation, self._deadline(timeout))
+        if operation.futures:
+            operation.tell()
         if operation.error is not None:
             raise operation.error
 
@@ -177,6 +182,7 @@ class Lane:
             exchange.close(error)
             raise
         self.exchange = exchange
+        self._lag, self._window_bytes = exchange.lag, exchange.window_bytes
         return exchange
 
     def _refuse_if_ended(self) -> None:
@@ -193,7 +199,7 @@ class Lane:
     ) -> Operation:
         exchange = self.exchange or self._open()
         self._refuse_if_ended()
-        while len(self._flying) > exchange.settings.lag:
+        while len(self._flying) > self._lag:
             self._receive_oldest(deadline)
         handle: Handle | None = None
         while handle is None:
@@ -211,6 +217,39 @@ class Lane:
         self._flying.append(operation)
         return operation
 
+    # The short ways: what is usual, and takes less than a slice of time. They leave everything else to the long ones.
+
+    def _post_at_once(
+        self,
+        exchange: Exchange,
+        send: Tensor,
+        counts: Sequence[int] | None,
+        outputs: Tensor | list[Tensor],
+        expected: list[int],
+    ) -> Operation | None:
+        try:
+            handle = exchange.post(send, counts, _SLICE_S)
+        except (PeerTimeout, SendBufferError):
+            return None
+        operation = Operation(handle, outputs, expected)
+        self._flying.append(operation)
+        return operation
+
+    def _receive_at_once(self, operation: Operation) -> bool:
+        """Whether `operation`, if it is the oldest, is done."""
+        if not self._flying or self._flying[0] is not operation:
+            return False
+        handle = operation.handle
+        try:
+            receive(handle, operation.outputs, operation.expected, _SLICE_S)
+        except BlsrdmaError:
+            return False  # and is met again
+        operation.received = True
+        handle.release()
+        self._flying.popleft()
+        operation.done = handle.sent()
+        return operation.done
+
     def _run_alone(
         self,
         exchange: Exchange,
@@ -219,7 +258,7 @@ class Lane:
         outputs: Tensor | list[Tensor],
         expected: list[int],
     ) -> Operation | None:
-        """Post and wait, with nothing else in flight: the short way. What it has not finished it returns."""
+        """Post and wait, with nothing else in flight. What it has not finished it returns."""
         try:
             handle = exchange.post(send, counts, _SLICE_S)
         except (PeerTimeout, SendBufferError):

@@ -14,15 +14,14 @@ if TYPE_CHECKING:
 class Operation:
     """One all_to_all, from its post until its outputs are filled and its input may be overwritten."""
 
-    __slots__ = ("done", "error", "expected", "futures", "handle", "outputs", "received")
+    received = False  # the outputs are filled, or never will be: see error
+    done = False
+    error: BaseException | None = None
 
     def __init__(self, handle: Handle, outputs: Tensor | list[Tensor], expected: list[int]) -> None:
         self.handle = handle  # keeps the input
         self.outputs = outputs  # one tensor for all ranks' messages, or one each
         self.expected = expected  # items from each rank
-        self.received = False  # the outputs are filled, or never will be: see error
-        self.done = False
-        self.error: BaseException | None = None
         self.futures: list[torch.futures.Future[Any]] = []
 
     def tensors(self) -> list[Tensor]:
@@ -35,7 +34,10 @@ class Operation:
     def tell(self) -> None:
         """Complete the futures. Not under a lock: they run their owners' callbacks."""
         while self.futures:
-            future = self.futures.pop()
+            try:
+                future = self.futures.pop()
+            except IndexError:
+                return  # another thread was faster
             if self.error is None:
                 future.set_result(self.tensors())
             else:

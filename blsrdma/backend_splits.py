@@ -21,9 +21,22 @@ def plan(
     Items are rows where rows of both tensors have one shape, else elements. Raises CountsError where split sizes do not
     fit their tensor.
     """
-    if source.dim() == 1 == output.dim() or _same_rows(source, output):
-        _check(source.shape[0], input_splits, ranks, "input")
-        return source, list(input_splits) or None, output, _sizes(output.shape[0], output_splits, ranks, "output")
+    if source.dim() == 1 == output.dim():
+        sent, received = source.numel(), output.numel()
+    elif _same_rows(source, output):
+        sent, received = source.shape[0], output.shape[0]
+    else:
+        return _by_elements(output, source, output_splits, input_splits, ranks)
+    if len(input_splits) != ranks or sum(input_splits) != sent or min(input_splits) < 0:
+        _check(sent, input_splits, ranks, "input")
+    if len(output_splits) != ranks or sum(output_splits) != received or min(output_splits) < 0:
+        return source, list(input_splits) or None, output, _sizes(received, output_splits, ranks, "output")
+    return source, list(input_splits) or None, output, list(output_splits)
+
+
+def _by_elements(
+    output: Tensor, source: Tensor, output_splits: Sequence[int], input_splits: Sequence[int], ranks: int
+) -> tuple[Tensor, list[int], Tensor, list[int]]:
     if not source.dim() or not output.dim():
         raise CountsError("all_to_all_single needs tensors with a dimension to split, not scalars")
     counts = _elements(source, _sizes(source.shape[0], input_splits, ranks, "input"))

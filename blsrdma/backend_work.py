@@ -20,10 +20,15 @@ _NOT_GIVEN = timedelta(0)
 class AllToAllWork(dist.Work):
     """An operation in flight. Dropping it is harmless: the lane keeps the operation and its tensors."""
 
-    def __init__(self, lane: Lane, operation: Operation) -> None:
-        super().__init__()
-        self._lane = lane
-        self._operation = operation
+    _lane: Lane
+    _operation: Operation
+
+    @classmethod
+    def of(cls, lane: Lane, operation: Operation) -> AllToAllWork:
+        work = cls()  # without an __init__ of ours, which would cost more than the object
+        work._lane = lane
+        work._operation = operation
+        return work
 
     def wait(self, timeout: timedelta = _NOT_GIVEN) -> bool:
         """Return when the output is filled and the input may be overwritten. Raises blsrdma.errors; after a PeerTimeout
