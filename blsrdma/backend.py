@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import sys
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("blsrdma")
 
 NAME = "bls"
+_FOREVER_S = 1e9  # what a timedelta, and torch's clocks, can hold
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,11 @@ class Options:
     lag: int | None = None
     window_bytes: int | None = None
     timeout: float | None = None
+
+    @property
+    def _timeout(self) -> timedelta | None:
+        """init_device_mesh(backend_override=...) asks options for it."""
+        return None if self.timeout is None else timedelta(seconds=min(self.timeout, _FOREVER_S))
 
 
 def register() -> None:

@@ -199,6 +199,21 @@ def test_backend_by_device():
     run_ranks(_two_words, 2)
 
 
+def _in_another_world(rank, world, store):
+    with group(rank, world, store, "gloo"):
+        pg = dist.new_group(backend="bls", pg_options=Options(lag=2))
+        exchange_ranks(pg)
+        assert pg.exchange.lag == 2
+        options = Options(lag=1, timeout=20)
+        mesh = dist.init_device_mesh("cpu", (world,), mesh_dim_names=("x",), backend_override={"x": ("bls", options)})
+        exchange_ranks(mesh.get_group("x"))
+        assert mesh.get_group("x").exchange.settings.timeout == 20
+
+
+def test_groups_of_a_world_of_gloo():
+    run_ranks(_in_another_world, 2)
+
+
 # --- its settings
 
 

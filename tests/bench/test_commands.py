@@ -46,7 +46,15 @@ def small(path: Path, *systems: str, more: tuple[str, ...] = ()) -> Results:
 def test_alltoallv_of_bls_and_gloo(tmp_path: Path) -> None:
     path = tmp_path / "r.json"
     results = small(
-        path, "bls", "bls-copy", "gloo", "gloo-nb", more=("--self", "view", "--plot", str(tmp_path / "p.png"))
+        path,
+        "bls",
+        "bls-copy",
+        "bls-out",
+        "bls-torch",
+        "bls-torch-nb",
+        "gloo",
+        "gloo-nb",
+        more=("--self", "view", "--plot", str(tmp_path / "p.png")),
     )
     assert results.environment["cores"] >= 1
     assert "torch" in results.versions["gloo"]
