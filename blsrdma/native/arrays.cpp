@@ -209,6 +209,13 @@ PyObject* view(const Buffer& like, std::byte* data, std::int64_t items, PyObject
   return like.kind == Buffer::Kind::numpy ? numpy_view(like, data, items, owner) : torch_view(like, data, items, owner);
 }
 
+bool reusable(PyObject* made, const Buffer& like, const std::byte* data, std::int64_t items) {
+  Buffer it;
+  return Py_REFCNT(made) == 1 && describe(made, it) && it.kind == like.kind && it.tag == like.tag && it.descr == like.descr &&
+         it.address == data && it.items == items && it.dimensions == like.dimensions && it.writable == like.writable &&
+         std::memcmp(it.trailing, like.trailing, sizeof it.trailing) == 0;
+}
+
 const std::int64_t* integers(PyObject* object, std::size_t count, std::int64_t* room) {
   if (PyList_CheckExact(object)) {
     if (static_cast<std::size_t>(PyList_GET_SIZE(object)) != count) return nullptr;

@@ -42,6 +42,10 @@ bool describe(PyObject* object, Buffer& buffer);
 // `like`, a plain buffer. nullptr: a Python error is set.
 PyObject* view(const Buffer& like, std::byte* data, std::int64_t items, PyObject* owner);
 
+// Whether `made`, a view of the same memory from an earlier call for a buffer of the same kind, dtype and dimensions, can be
+// given out again instead of a new one: nobody else holds it, and it still is what it was made as.
+bool reusable(PyObject* made, const Buffer& like, const std::byte* data, std::int64_t items);
+
 // `object` as `count` 64-bit integers, if it is a plain vector or list of so many: where they are, or `room`, filled.
 // nullptr: it is something else, and no error is set.
 const std::int64_t* integers(PyObject* object, std::size_t count, std::int64_t* room);

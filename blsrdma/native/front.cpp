@@ -32,6 +32,7 @@ class Front {
         copy_self(copy_self),
         ranks(core->ranks()),
         window_bytes(core->window_bytes()),
+        views(core->records() * ranks),
         held(core->records()) {}
 
   nb::object& slot(std::uint64_t iteration) { return held[iteration % held.size()]; }
@@ -45,6 +46,7 @@ class Front {
   bool usable = true;                // neither closed nor failed: else Exchange._usable() says what it is
   std::int64_t large_bytes = 0;      // of large messages received and held
   nb::object span;                   // of a trace: called with (kind, iteration, start), or none
+  std::vector<nb::object> views;     // of windows, given out last: by iteration % records and source, like windows
   std::vector<nb::object> held;      // the handle of iteration i at i % size, until it is both released and sent, or its
                                      // record is used again, which the core permits only then
 };
@@ -73,11 +75,40 @@ class Handle {
   bool pulling = false;  // large messages are being written where `out` or `large` say
 };
 
-// The messages of one iteration.
+// The messages of one iteration: a Python object by hand, for one is made in each iteration.
 struct Received {
-  nb::object handle;
+  PyObject_HEAD
+  PyObject* handle;
+
   Handle& of() const { return *nb::inst_ptr<Handle>(handle); }
 };
+
+PyTypeObject* received_type = nullptr;
+Received* spare = nullptr;  // the last one that died: its handle is gone, it still holds its type
+
+PyObject* make_received(PyObject* handle) {
+  Received* made = spare ? reinterpret_cast<Received*>(PyObject_Init(reinterpret_cast<PyObject*>(spare), received_type))
+                         : PyObject_New(Received, received_type);
+  if (!made) throw nb::python_error();
+  if (spare) {
+    Py_DECREF(received_type);  // PyObject_Init took one more
+    spare = nullptr;
+  }
+  made->handle = Py_NewRef(handle);
+  return reinterpret_cast<PyObject*>(made);
+}
+
+void drop_received(PyObject* self) {
+  auto* it = reinterpret_cast<Received*>(self);
+  Py_CLEAR(it->handle);
+  if (!spare) {
+    spare = it;
+    return;
+  }
+  PyTypeObject* type = Py_TYPE(self);
+  PyObject_Free(self);
+  Py_DECREF(type);
+}
 
 // --- what Python decides
 
@@ -279,10 +310,7 @@ nb::object wait(nb::handle_t<Handle> self, nb::handle timeout, nb::handle out, n
     static PyObject* place = nullptr;
     python("blsrdma.handle", "place", place)(self, out, counts, outcome == Outcome::large, until == kNever ? -1 : std::int64_t(until));
   }
-  nb::object made = nb::inst_alloc(nb::type<Received>());
-  new (nb::inst_ptr<Received>(made)) Received{nb::borrow(self)};
-  nb::inst_mark_ready(made);
-  return made;
+  return nb::steal(make_received(self.ptr()));
 }
 
 void release(nb::handle_t<Handle> self) {
@@ -308,6 +336,11 @@ Handle& checked(const Received& received) {
   return handle;
 }
 
+nb::object made(PyObject* object) {
+  if (!object) throw nb::python_error();
+  return nb::steal(object);
+}
+
 nb::object item(const Received& received, std::uint32_t source) {
   Handle& handle = checked(received);
   Front& front = handle.front();
@@ -320,10 +353,15 @@ nb::object item(const Received& received, std::uint32_t source) {
     static PyObject* message = nullptr;
     return python("blsrdma.handle", "message", message)(nb::handle(received.handle), source);
   }
-  PyObject* made = view(handle.buffer, const_cast<std::byte*>(at), static_cast<std::int64_t>(length / item_bytes),
-                        of_send ? handle.send.ptr() : front.memory.ptr());
-  if (!made) throw nb::python_error();
-  return nb::steal(made);
+  auto* const data = const_cast<std::byte*>(at);
+  const auto items = static_cast<std::int64_t>(length / item_bytes);
+  if (of_send) return made(view(handle.buffer, data, items, handle.send.ptr()));
+  // Messages of one source tend to be of one size: the array made for this window the last time will mostly do.
+  nb::object& last = front.views[handle.iteration % front.held.size() * front.ranks + source];
+  if (!last.is_valid() || !reusable(last.ptr(), handle.buffer, data, items)) {
+    last = made(view(handle.buffer, data, items, front.memory.ptr()));
+  }
+  return last;
 }
 
 std::uint32_t source_of(const Received& received, Py_ssize_t index) {
@@ -371,11 +409,11 @@ PyObject* guarded(Call&& call) noexcept {
   return nullptr;
 }
 
-Py_ssize_t received_length(PyObject* self) { return nb::inst_ptr<Received>(self)->of().front().ranks; }
+Py_ssize_t received_length(PyObject* self) { return reinterpret_cast<Received*>(self)->of().front().ranks; }
 
 PyObject* received_item(PyObject* self, Py_ssize_t index) {
   return guarded([&] {
-    const Received& received = *nb::inst_ptr<Received>(self);
+    const Received& received = *reinterpret_cast<Received*>(self);
     return item(received, source_of(received, index));
   });
 }
@@ -383,7 +421,7 @@ PyObject* received_item(PyObject* self, Py_ssize_t index) {
 // All of them at once: who iterates asks for all, and the end of a sequence by IndexError would cost more than its items.
 PyObject* received_iterate(PyObject* self) {
   return guarded([&] {
-    const Received& received = *nb::inst_ptr<Received>(self);
+    const Received& received = *reinterpret_cast<Received*>(self);
     const std::uint32_t ranks = received.of().front().ranks;
     const nb::object all = nb::steal(PyTuple_New(ranks));
     for (std::uint32_t q = 0; q < ranks; ++q) PyTuple_SET_ITEM(all.ptr(), q, item(received, q).release().ptr());
@@ -392,10 +430,26 @@ PyObject* received_iterate(PyObject* self) {
 }
 
 PyObject* received_subscript(PyObject* self, PyObject* key) {
-  return guarded([&] { return subscript(*nb::inst_ptr<Received>(self), key); });
+  return guarded([&] { return subscript(*reinterpret_cast<Received*>(self), key); });
 }
 
+PyObject* received_counts(PyObject* self, PyObject*) {
+  return guarded([&] { return counts(*reinterpret_cast<Received*>(self)); });
+}
+
+PyMethodDef received_methods[] = {
+    {"counts", received_counts, METH_NOARGS, "Items per source, in units of `send`'s leading dimension."},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+constexpr const char* kReceived =
+    "The messages of one iteration: received[q] is rank q's, a view without a copy, of the kind and dtype of `send`.\n\n"
+    "Its shape is (n, *send.shape[1:]). It is valid until the handle is released; read-only by convention.";
+
 PyType_Slot received_slots[] = {
+    {Py_tp_doc, const_cast<char*>(kReceived)},
+    {Py_tp_dealloc, reinterpret_cast<void*>(drop_received)},
+    {Py_tp_methods, received_methods},
     {Py_sq_length, reinterpret_cast<void*>(received_length)},
     {Py_sq_item, reinterpret_cast<void*>(received_item)},
     {Py_tp_iter, reinterpret_cast<void*>(received_iterate)},
@@ -403,6 +457,9 @@ PyType_Slot received_slots[] = {
     {Py_mp_subscript, reinterpret_cast<void*>(received_subscript)},
     {0, nullptr},
 };
+
+PyType_Spec received_spec = {"blsrdma.Received", sizeof(Received), 0, Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION,
+                             received_slots};
 
 // An exchange holds its handles in flight, and a handle its exchange: the collector must be able to see that.
 int front_traverse(PyObject* self, visitproc visit, void* arg) {
@@ -488,6 +545,7 @@ void bind_front(nb::module_& m) {
       })
       .def("_let_go", [](Front& front) {
         for (nb::object& each : front.held) each.reset();
+        for (nb::object& each : front.views) each.reset();
       });
 
   nb::class_<Handle>(m, "Handle", nb::type_slots(handle_slots),
@@ -531,11 +589,9 @@ void bind_front(nb::module_& m) {
       .def_rw("_large_bytes", &Handle::large_bytes)
       .def_rw("_pulling", &Handle::pulling);
 
-  nb::class_<Received>(m, "Received", nb::type_slots(received_slots),
-                       "The messages of one iteration: received[q] is rank q's, a view without a copy, of the kind and dtype\n"
-                       "of `send`.\n\n"
-                       "Its shape is (n, *send.shape[1:]). It is valid until the handle is released; read-only by convention.")
-      .def("counts", &counts, "Items per source, in units of `send`'s leading dimension.");
+  received_type = reinterpret_cast<PyTypeObject*>(PyType_FromSpec(&received_spec));
+  if (!received_type) throw nb::python_error();
+  m.attr("Received") = nb::handle(reinterpret_cast<PyObject*>(received_type));
 }
 
 }  // namespace blsrdma
