@@ -22,7 +22,6 @@ SYSTEMS = {
     "bls-wait": Kind(
         "bls", "blsrdma, waits but looks at no message: to see where time goes", ours=True, diagnostic=True
     ),
-    "bls-out": Kind("bls", "blsrdma, each wait(out=...) into one preallocated array", ours=True, diagnostic=True),
     "bls-torch": Kind("bls-torch", "torch.distributed, bls: all_to_all_single", ours=True, blocking=True),
     "bls-torch-nb": Kind("bls-torch", "the same with async_op=True, lag + 1 in flight", ours=True),
     "gloo": Kind("gloo", "torch.distributed, gloo: all_to_all_single", blocking=True),

@@ -14,7 +14,7 @@ import torch
 from torch.distributed import TCPStore
 
 import blsrdma
-from bench.systems.base import Bytes, Job, Runtime, System
+from bench.systems.base import Job, Runtime, System
 from blsrdma import Exchange
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class Ours(Runtime):
         return {"blsrdma": blsrdma.__version__, "UCX": version, "torch": torch.__version__, "numpy": np.__version__}
 
     def open(self, job: Job) -> System:
-        kinds: dict[str, type[Views]] = {"bls": Views, "bls-copy": CopyOut, "bls-out": WaitOut, "bls-wait": WaitOnly}
+        kinds: dict[str, type[Views]] = {"bls": Views, "bls-copy": CopyOut, "bls-wait": WaitOnly}
         return kinds[job.system](job, self.store)
 
 
@@ -104,30 +104,8 @@ class Views(System):
 
 
 class CopyOut(Views):
-    """Copies the messages out into one array that was there before, as MPI would leave them."""
-
-    def __init__(self, job: Job, store: TCPStore) -> None:
-        super().__init__(job, store, copy_self=False)  # it is copied once, here, with the others
-        received = job.received() if job.copy_self else job.without_self().received()
-        self._out = np.zeros(max(map(sum, received)), np.uint8)
-        self._outs = [self._out[: sum(counts)] for counts in received]
-        self._pieces = [np.split(out, np.cumsum(n)[:-1]) for out, n in zip(self._outs, received, strict=True)]
-
-    def complete(self, handle: Handle) -> None:
-        messages: list[Bytes] = list(handle.wait())
-        own = None if self.job.copy_self else messages.pop(self.job.rank)
-        phase = handle.iteration % self.phases
-        np.concatenate(messages, out=self._outs[phase])
-        if self.consume is not None:
-            pieces = list(self._pieces[phase])
-            if own is not None:
-                pieces[self.job.rank] = own
-            self.consume(handle.iteration, pieces)
-        handle.release()
-
-
-class WaitOut(Views):
-    """What the backend of torch.distributed does with an Exchange, and nothing more."""
+    """Has the messages put into one array that was there before, and their sizes checked, as MPI does; like a peer, it
+    sends itself nothing unless all do. The backend of torch.distributed does just this."""
 
     def __init__(self, job: Job, store: TCPStore) -> None:
         super().__init__(job if job.copy_self else job.without_self(), store, copy_self=False)
