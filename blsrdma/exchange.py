@@ -219,8 +219,8 @@ class Exchange(native.Front):
         short = text.encode()[:limit].decode(errors="ignore")
         try:
             if not self._core.close(code, blamed, short, timeout_ns(self.settings.close_timeout)):
-                log.info("exchange %r: peers had not closed after %g s; its windows are kept", self.name,
-                         self.settings.close_timeout)  # fmt: skip
+                log.info("exchange %r: not every peer has said farewell (%g s were allowed): its windows are kept "
+                         "until the process ends", self.name, self.settings.close_timeout)  # fmt: skip
                 _quarantine.append((self._core, self._arena, self._fabric, self._held()))
         finally:
             self._let_go()

@@ -15,6 +15,7 @@ import numpy as np
 
 from blsrdma.buffers import as_counts, describe, tag_name
 from blsrdma.errors import CountsError, MemoryLimitExceeded, SendBufferError
+from blsrdma.outcomes import TIMEOUT
 from blsrdma.settings import format_size
 from blsrdma.ucx import native
 
@@ -43,13 +44,7 @@ def place(handle: Handle, out: Array | None, counts: Counts | None, large: bool,
         starts = [0, *accumulate(lengths)]
         into = [(q, target.address + starts[q]) for q in absent]
     elif absent:
-        memory = handle._large or {}
-        new = {q: np.empty(lengths[q], np.uint8) for q in absent if q not in memory}
-        more = sum(map(len, new.values()))
-        exchange._count_large(more)
-        handle._large = memory | new
-        handle._large_bytes += more
-        into = [(q, handle._large[q].__array_interface__["data"][0]) for q in absent]
+        into = _memory_for(handle, absent, lengths)
     if large:
         handle._out, handle._pulling = out, True  # kept alive: it is written from here on
         outcome = core.pull(handle.iteration, into, -1 if until_ns < 0 else max(0, until_ns - time.monotonic_ns()))
@@ -59,6 +54,36 @@ def place(handle: Handle, out: Array | None, counts: Counts | None, large: bool,
     if out is not None:
         core.copy_out(handle.iteration, target.address)
         handle._out = out
+
+
+def pull_ahead(handle: Handle) -> None:
+    """Pull the large messages of a complete iteration, as wait() without `out` would, but do not wait for them: a later
+    call of this, or wait(), goes on from there. Does nothing where memory_limit does not allow it."""
+    exchange = handle._exchange
+    into: list[tuple[int, int]] = []
+    if not handle._pulling:
+        lengths = _lengths(handle)
+        absent = [q for q, at in enumerate(lengths) if at and exchange._core.message(handle.iteration, q)[0] == 0]
+        try:
+            into = _memory_for(handle, absent, lengths)
+        except MemoryLimitExceeded:
+            return
+    handle._pulling = True
+    outcome = exchange._core.pull(handle.iteration, into, 0)
+    if outcome not in (0, TIMEOUT):
+        raise exchange._error(outcome)
+    handle._pulling = bool(outcome)
+
+
+def _memory_for(handle: Handle, sources: list[int], lengths: list[int]) -> list[tuple[int, int]]:
+    """Memory, counted against the limit, for these sources' messages, as (source, address). MemoryLimitExceeded."""
+    memory = handle._large or {}
+    new = {q: np.empty(lengths[q], np.uint8) for q in sources if q not in memory}
+    more = sum(map(len, new.values()))
+    handle._exchange._count_large(more)
+    handle._large = memory | new
+    handle._large_bytes += more
+    return [(q, handle._large[q].__array_interface__["data"][0]) for q in sources]
 
 
 def message(handle: Handle, source: int) -> Any:

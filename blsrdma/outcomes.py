@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 _Outcome = native.Outcome
 LARGE = int(_Outcome.LARGE)
+TIMEOUT = int(_Outcome.TIMEOUT)
 
 
 def typed_error(

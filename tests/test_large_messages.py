@@ -168,3 +168,24 @@ def _sent_waits_for_the_pull(rank, world, store):
 @pytest.mark.parametrize("transport", ["default", "tcp"])
 def test_sent_waits_for_the_pull(transport: str) -> None:
     run_ranks(_sent_waits_for_the_pull, 2, env=TRANSPORTS[transport])
+
+
+def _sent_before_wait(rank, world, store):
+    """Everybody polls sent() before its own wait(): what is here is pulled meanwhile."""
+    sizes = [0 if q == rank else 5000 for q in range(world)]
+    with Exchange(store, rank, world, window_bytes=100, timeout=20) as exchange:
+        for i in range(6):
+            handle = exchange.post(messages(rank, i, sizes), sizes)
+            deadline = time.monotonic() + 20
+            while not handle.sent():
+                assert time.monotonic() < deadline
+            received = handle.wait(out=np.empty(5000 * (world - 1), np.uint8) if i % 2 else None)
+            for q in range(world):
+                np.testing.assert_array_equal(received[q], message(q, rank, i, 0 if q == rank else 5000))
+            handle.release()
+        assert exchange._large_bytes == 0
+
+
+@pytest.mark.parametrize("transport", ["default", "tcp"])
+def test_sent_before_wait(transport: str) -> None:
+    run_ranks(_sent_before_wait, 3, env=TRANSPORTS[transport])

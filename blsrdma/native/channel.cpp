@@ -37,6 +37,7 @@ Channel::Channel(Fabric& fabric, Arena& local, const Geometry& geometry, std::ui
   // A segment of the same name on another host, or in another namespace, would map as well: only the token tells.
   if (std::memcmp(mapped, peer.token.data(), std::min<std::size_t>(peer.token.size(), kLine)) == 0) {
     mapped_ = static_cast<std::byte*>(mapped);
+    was_direct_ = true;
   }
 }
 

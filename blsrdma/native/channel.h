@@ -41,6 +41,7 @@ class Channel final : public Driven {
 
   std::uint32_t peer() const { return peer_; }
   bool direct() const { return mapped_ != nullptr; }
+  bool was_direct() const { return was_direct_; }  // also once it has been disconnected
   std::string transport() const;  // on the progress thread
   // UCS_OK, or why the endpoint is unusable.
   ucs_status_t broken() const { return broken_.load(std::memory_order_acquire); }
@@ -123,6 +124,7 @@ class Channel final : public Driven {
   ucp_ep_h endpoint_ = nullptr;
   ucp_rkey_h rkey_ = nullptr;
   std::byte* mapped_ = nullptr;
+  bool was_direct_ = false;
 
   std::vector<Message> queue_;  // message i at i % windows; written before queued_ covers it
   std::atomic<std::uint64_t> queued_{0};

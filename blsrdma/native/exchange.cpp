@@ -67,6 +67,9 @@ void Exchange::connect(const std::vector<PeerAddress>& peers, std::vector<int> p
   std::string missing;
   const auto settled = [&] {
     missing.clear();
+    if (failure_.failed()) {
+      throw std::runtime_error("rank " + std::to_string(failure_.rank()) + " cannot be connected: " + failure_.text());
+    }
     for (const auto& each : channels_) {
       if (!each) continue;
       if (each->broken() != UCS_OK) {
@@ -235,8 +238,7 @@ Outcome Exchange::wait(std::uint64_t iteration, std::uint64_t deadline_ns) {
     if (outcome == Outcome::ok) outcome = check_headers(mine);
     if (outcome != Outcome::ok) return outcome;
   }
-  if (mine.large || mine.pulling.load(std::memory_order_acquire)) return Outcome::large;
-  return Outcome::ok;
+  return mine.settled ? Outcome::ok : Outcome::large;  // what is being pulled is here when pull() has said so
 }
 
 // Lengths and iterations come from a peer: nothing is done with them before they fit.

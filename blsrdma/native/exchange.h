@@ -126,8 +126,9 @@ class Exchange {
   std::string transport(std::uint32_t peer) const;
 
   // The end. First tell the peers why and let what is queued leave; then wait until every peer has said farewell too or
-  // is gone, because until then it may still write here. False: the deadline passed, and the caller must keep this
-  // exchange, fabric, arena and all buffers alive (quarantine).
+  // is gone, because until then it may still write here. False: some peer had not left at the deadline, or died without a
+  // farewell while its last puts were on their way, and the caller must keep this exchange, fabric, arena and all buffers
+  // alive (quarantine). Returns a second after the deadline at the latest, if the machine lets it run.
   bool close(std::uint32_t code, std::uint32_t blamed, const std::string& text, std::uint64_t deadline_ns);
 
  private:

@@ -195,36 +195,43 @@ bool Exchange::close(std::uint32_t code, std::uint32_t blamed, const std::string
     if (each) each->wake();
   }
   // A peer may write here, and read a large message, until it has said farewell itself, or cannot any more.
-  const auto quiet = [&] {
+  const auto quiet = [this] {
     return std::all_of(channels_.begin(), channels_.end(),
                        [&](const auto& each) { return !each || (each->drained() && has_left(each->peer())); });
   };
   const bool all_quiet = fabric_->until(quiet, deadline_ns);
-  fabric_->call([&] {
+  // Every call from here on is bounded too: should the progress thread be stuck, everything is left to it as it is.
+  const std::uint64_t last_ns = std::max(deadline_ns, deadline_after(1'000'000'000));
+  const bool reached = fabric_->call([this] {
     if (liveness_) liveness_->stop(*fabric_);
     fabric_->detach(doorbell_.get());
     for (const auto& each : channels_) {
       if (each) each->disconnect();
     }
-  });
-  const auto disconnected = [&] {
+  }, last_ns);
+  if (!reached) return false;
+  const auto disconnected = [this] {
     bool all = true;
     for (const auto& each : channels_) all &= !each || each->disconnected();
     return all;
   };
-  const bool all_closed = fabric_->until(disconnected, std::max(deadline_ns, deadline_after(1'000'000'000)));
-  fabric_->call([&] {
+  // What a peer has put into a socket or a queue before it died may arrive after its death; its farewell is the last of it.
+  bool silent = all_quiet;
+  for (const auto& each : channels_) silent &= !each || each->was_direct() || inbox_.farewell(each->peer());
+  const bool all_closed = fabric_->until(disconnected, last_ns);
+  const bool detached = fabric_->call([this, all_closed, silent] {
     for (auto& each : channels_) {
       if (!each) continue;
       fabric_->detach(each.get());
       if (!all_closed) each.release();  // leaked on purpose: UCX may still call back into it
     }
     for (const auto& each : records_) {
-      if (each->registered && all_quiet) arena_->unregister_buffer(std::exchange(each->registered, nullptr));
+      if (each->registered && silent) arena_->unregister_buffer(std::exchange(each->registered, nullptr));
     }
-  });
+  }, last_ns);
+  if (!detached) return false;
   channels_.clear();
-  return all_quiet && all_closed;
+  return silent && all_closed;
 }
 
 }  // namespace blsrdma

@@ -9,7 +9,9 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <chrono>
 #include <future>
+#include <memory>
 #include <system_error>
 #include <utility>
 
@@ -22,6 +24,7 @@ constexpr unsigned kSpins = 64;                      // idle rounds before the t
 constexpr unsigned kYields = 256;                    // idle rounds, work in flight, before it sleeps
 constexpr int kBusySleepMs = 1;                      // bound of a sleep while work is in flight
 constexpr int kIdleSleepMs = 500;                    // bound of a sleep otherwise
+constexpr std::chrono::milliseconds kLeastCall{200};  // how long a bounded call waits, however late it is
 constexpr std::uint64_t kTickNs = 1'000'000'000;
 constexpr std::uint64_t kWatchNs = 100'000'000;      // how long a busy thread may be deaf to its watches
 
@@ -79,23 +82,32 @@ void Fabric::kick() {
   if (sleeping_.load(std::memory_order_relaxed)) ring(wake_);
 }
 
-void Fabric::call(const std::function<void()>& work) {
-  std::packaged_task<void()> task(work);
-  auto done = task.get_future();
+void Fabric::call(const std::function<void()>& work) { call(work, kNever); }
+
+bool Fabric::call(std::function<void()> work, std::uint64_t deadline_ns) {
+  const auto task = std::make_shared<std::packaged_task<void()>>(std::move(work));
+  auto done = task->get_future();
   {
     const std::lock_guard lock(mutex_);
     if (stopping_ || getpid() != pid_) throw std::runtime_error("the fabric is closed");
-    commands_.emplace_back([&task] { task(); });
+    commands_.emplace_back([task] { (*task)(); });
   }
   ring(wake_);
+  if (deadline_ns != kNever) {
+    const std::uint64_t now = now_ns();
+    const std::chrono::nanoseconds left(deadline_ns > now ? deadline_ns - now : 0);
+    // At least a moment: a deadline that has passed already is no reason not to try.
+    if (done.wait_for(std::max<std::chrono::nanoseconds>(left, kLeastCall)) != std::future_status::ready) return false;
+  }
   done.get();
+  return true;
 }
 
-bool Fabric::until(const std::function<bool()>& done, std::uint64_t deadline_ns) {
+bool Fabric::until(std::function<bool()> done, std::uint64_t deadline_ns) {
+  const auto holds = std::make_shared<bool>(false);
   for (;;) {
-    bool holds = false;
-    call([&] { holds = done(); });
-    if (holds) return true;
+    if (!call([holds, done] { *holds = done(); }, deadline_ns)) return false;
+    if (*holds) return true;
     if (now_ns() >= deadline_ns) return false;
     usleep(200);  // the thread itself goes on meanwhile
   }

@@ -41,8 +41,11 @@ class Fabric {
 
   // Run `work` on the progress thread and wait for it; what it throws is thrown here.
   void call(const std::function<void()>& work);
-  // Wait until `done`, evaluated on the progress thread, holds: true; or until the deadline: false.
-  bool until(const std::function<bool()>& done, std::uint64_t deadline_ns);
+  // The same, but wait no longer than until the deadline: false, and `work` may still run later, so that all it refers to
+  // has to be kept.
+  bool call(std::function<void()> work, std::uint64_t deadline_ns);
+  // Wait until `done`, evaluated on the progress thread, holds: true; or until the deadline: false (as above).
+  bool until(std::function<bool()> done, std::uint64_t deadline_ns);
   // New work is queued in some Driven: wake the thread if it sleeps. Cheap when it does not.
   void kick();
   void stop();  // idempotent; afterwards call() throws

@@ -258,8 +258,24 @@ bool ready(const Handle& handle) {
 }
 
 bool sent(const Handle& handle) {
-  check_unfailed(handle.front(), handle.exchange);
-  return handle.front().core->sent(handle.iteration);
+  const nb::object exchange = handle.exchange;
+  Front& front = handle.front();
+  const std::uint64_t iteration = handle.iteration;
+  check_unfailed(front, exchange);
+  if (front.core->sent(iteration)) return true;
+  // Peers that ask the same, and nothing else, may be waiting for this rank to pull their large messages.
+  bool pulled = false;
+  for (std::size_t i = 0; i < front.held.size(); ++i) {
+    const nb::object each = front.held[i];
+    if (!each.is_valid()) continue;
+    const Handle& other = *nb::inst_ptr<Handle>(each);
+    if (other.released || !front.core->ready(other.iteration)) continue;
+    if (front.core->wait(other.iteration, 0) != Outcome::large) continue;
+    static PyObject* pull_ahead = nullptr;
+    python("blsrdma.handle", "pull_ahead", pull_ahead)(each);
+    pulled = true;
+  }
+  return pulled && front.core->sent(iteration);
 }
 
 // Everything went into windows and `out` fits: copy it there. False: Python looks at it.
@@ -570,9 +586,10 @@ void bind_front(nb::module_& m) {
       .def("sent", &sent,
            "Whether `send` may be overwritten: the messages have left it, the large ones have been pulled, and the\n"
            "message to oneself, which is a view of it unless copy_self is set, has been released.\n\n"
-           "Messages larger than window_bytes are pulled when their receiver waits for them (or releases them): do not poll\n"
-           "sent() before your own wait(), or two ranks that both do wait for each other. After a failure a peer that has\n"
-           "not heard of it yet may still be pulling: keep `send` until close() has returned.")
+           "Messages larger than window_bytes are pulled when their receiver waits for them, releases them or, into memory\n"
+           "that counts against memory_limit, asks sent() itself: two ranks that both poll it do not wait for each other,\n"
+           "unless that limit forbids it. After a failure a peer that has not heard of it yet may still be pulling: keep\n"
+           "`send` until close() has returned.")
       .def("release", &release,
            "Give the windows back; the views die here. May come before wait(): then the messages are not wanted.")
       .def("__enter__", [](nb::handle_t<Handle> self) { return wait(self, nb::none(), nb::none(), nb::none()); })

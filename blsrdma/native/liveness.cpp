@@ -8,6 +8,12 @@
 #include "wait.h"
 
 namespace blsrdma {
+namespace {
+
+constexpr std::uint64_t kTickNs = 1'000'000'000;  // what is due between two ticks; see fabric.cpp
+constexpr std::uint64_t kLateNs = 2 * kTickNs;
+
+}  // namespace
 
 Liveness::Liveness(const Inbox& inbox, std::uint32_t self, std::vector<int> pidfds, std::uint64_t keepalive_ns, Died died)
     : inbox_(inbox),
@@ -44,13 +50,18 @@ void Liveness::stop(Fabric& fabric) {
 }
 
 void Liveness::tick(std::uint64_t now) {
+  // While this thread did not run (a loaded machine, a debugger, SIGSTOP) it heard nobody: no fault of the peers'.
+  const std::uint64_t deaf = ticked_ && now - ticked_ > kLateNs ? now - ticked_ - kTickNs : 0;
+  ticked_ = now;
   for (std::uint32_t q = 0; q < pulses_.size(); ++q) {
     Pulse& pulse = pulses_[q];
     if (q == self_ || here(q) || pulse.gone) continue;
     const std::uint64_t signs = inbox_.signs_of_life(q);
+    // One that has never been heard is still connecting; the rendezvous has a deadline for that.
+    const std::uint64_t since = signs != pulse.signs || signs == 0 ? now : pulse.since + deaf;
+    std::atomic_ref<std::uint64_t>(pulse.since).store(since, std::memory_order_relaxed);
     if (signs != pulse.signs) {
       pulse.signs = signs;
-      std::atomic_ref<std::uint64_t>(pulse.since).store(now, std::memory_order_relaxed);
     } else if (now - pulse.since > keepalive_ns_) {
       pulse.gone = true;
       died_(q, "no sign of life for " + std::to_string((now - pulse.since) / 1'000'000'000u) +

@@ -44,6 +44,7 @@ class Liveness final : public Driven {
   std::vector<int> pidfds_;
   std::uint64_t keepalive_ns_;
   Died died_;
+  std::uint64_t ticked_ = 0;  // when, last
   mutable std::vector<Pulse> pulses_;  // `since` is read by other threads, for messages only
 };
 

@@ -60,7 +60,8 @@ class Settings:
              the newest message pulled. "left": that the put into the window is complete, as for a small message
     unread   when a message that was released without having been waited for counts as pulled: at its "release"; only
              at the "post" of i + lag + 1; or "never"
-    pulls    where payloads are pulled: in "wait", of the iteration that is waited for; or in the "background"
+    pulls    where payloads are pulled: in "wait", of the iteration that is waited for; in "calls", that is there and,
+             of every iteration that is here, in the loop for sent(); or in the "background"
     failed   what an application may do with its send buffers once its exchange has failed: "keep" or "reuse" them
     waits    in which order the application waits: "any"; "in turn", the oldest first, where a released one needs no
              wait; "when due", only for i - lag - 1 before it posts i, and it releases nothing unread
@@ -74,7 +75,7 @@ class Settings:
     doomed: int = 0
     acks: Literal["in order", "newest", "left"] = "in order"
     unread: Literal["release", "post", "never"] = "release"
-    pulls: Literal["wait", "background"] = "wait"
+    pulls: Literal["wait", "calls", "background"] = "wait"
     failed: Literal["keep", "reuse"] = "keep"
     waits: Literal["any", "in turn", "when due"] = "in turn"
     asks: Literal["any", "after wait"] = "after wait"
@@ -143,6 +144,8 @@ class Pull:
         if self.settings.pulls == "background":
             return self.ranks.counted(state, c) > iteration
         call, age = state.apps[sink]
+        if call == "ask" and self.settings.pulls == "calls":
+            return iteration < self.ranks.complete(state, sink)
         return call == "wait" and state.next[sink] - age == iteration < self.ranks.complete(state, sink)
 
     def _of_app(self, state: State, rank: int) -> list[Step[State]]:
@@ -269,7 +272,7 @@ class Pull:
             return ALIVE not in state.status
         rules, ranks = self.settings, range(self.settings.ranks)
         left = rules.lag if rules.waits == "when due" else 0
-        calm = Pulls(0, (UNTOUCHED,) * left if rules.pulls == "wait" else ())
+        calm = Pulls(0, (UNTOUCHED,) * left if rules.pulls != "background" else ())
         return (
             not any(state.next)
             and not any(state.waited)

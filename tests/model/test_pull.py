@@ -22,6 +22,9 @@ slow = pytest.mark.slow
         Settings(lag=2, waits="when due", doomed=1),
         Settings(lag=0, pulls="background", waits="any", asks="any", doomed=1),
         Settings(lag=1, pulls="background", waits="when due", asks="any", buffers=1),
+        Settings(lag=0, pulls="calls", asks="any", doomed=1),  # what Handle.sent() does
+        Settings(lag=0, pulls="calls", asks="any", buffers=2),
+        Settings(lag=1, pulls="calls", asks="any"),
         pytest.param(Settings(lag=1, doomed=1), marks=slow),
         pytest.param(Settings(ranks=3, lag=0), marks=slow),
         pytest.param(Settings(ranks=3, lag=0, waits="when due", doomed=1), marks=slow),
