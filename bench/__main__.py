@@ -7,7 +7,7 @@ import signal
 import sys
 from pathlib import Path
 
-from bench import alltoallv, inference, lookups, peers, report, scale, stress
+from bench import alltoallv, inference, lookups, peers, quiet, report, scale, stress
 from bench.limits import command as limits
 from bench.publish import add_options, publish
 from bench.results import Results
@@ -35,7 +35,11 @@ def main() -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     alltoallv.add(commands)
     inference.add(commands)
+<<<<<<< HEAD
     lookups.add(commands)
+=======
+    quiet.add(commands)
+>>>>>>> ac6ffc4 (bench quiet: latencies while one rank has no arrivals)
     limits.add(commands)
     scale.add(commands)
     stress.add(commands)

@@ -6,10 +6,12 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from bench.control import Message
 from bench.plain_dlrm import PlainDlrm
+from dlrm import timeline
 from dlrm.options import parse
 from dlrm.worker import Worker
 
@@ -86,3 +88,25 @@ def _plain(worker: Worker, size: int) -> Message:
         began, cpu = time.monotonic(), time.process_time()
         samples = sum(len(model(batch)) for batch in batches)
         return {"samples": samples, "seconds": time.monotonic() - began, "cpu_seconds": time.process_time() - cpu}
+
+
+def open_loop(
+    runtime: Ours,
+    _progress: Callable[[int], None],
+    name: str,
+    job: str,
+    quiet: str,
+    silent: int,
+    window: list[float],
+) -> Message:
+    """Percentiles of the latencies of all ranks but `silent`, in ms: of all batches, and of those that arrived in the
+    window (seconds from the start)."""
+    report = _workers[name].run(runtime.store, job, quiet=quiet)
+    if report is None:
+        return {}
+    others = [one for rank, one in enumerate(report.timelines) if rank != silent]
+    arrived = np.concatenate([one[:-1, timeline.ARRIVED] - one[-1, 0] for one in others]) / 1e9
+    latencies = np.concatenate([one[:-1, timeline.EMITTED] - one[:-1, timeline.ARRIVED] for one in others]) / 1e6
+    inside = latencies[(window[0] <= arrived) & (arrived < window[1])]
+    found = {"": latencies, " while silent": inside}
+    return {f"p{q}{when}": float(np.percentile(some, q)) for when, some in found.items() for q in (50, 99)}
