@@ -35,11 +35,8 @@ def main() -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     alltoallv.add(commands)
     inference.add(commands)
-<<<<<<< HEAD
     lookups.add(commands)
-=======
     quiet.add(commands)
->>>>>>> ac6ffc4 (bench quiet: latencies while one rank has no arrivals)
     limits.add(commands)
     scale.add(commands)
     stress.add(commands)

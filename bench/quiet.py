@@ -72,9 +72,9 @@ def run(options: argparse.Namespace) -> int:
         return 1
     finally:
         team.close()
+    arrivals = f"{options.rate} batches of {options.batch} samples a second"
     table = Table(
-        f"{options.ranks} ranks, lag {options.lag}, at each {options.rate} batches of {options.batch} samples a second; "
-        f"none at rank 1 for {options.silence:g} s",
+        f"{options.ranks} ranks, lag {options.lag}; at each {arrivals}, at rank 1 none for {options.silence:g} s",
         ["<latency of the other ranks, ms", *plans, "times"],
         notes=["Medians of the repetitions; in brackets their range. Times: of these medians."],
     )

@@ -121,16 +121,17 @@ def show(values: dict[str, Any]) -> None:
     Console().print(table)
 
 
-def plan_values(plan: Plan) -> dict[str, Any]:
+def plan_values(plan: Plan, memory: list[int]) -> dict[str, Any]:
     """A plan as JSON; its `ranks` and `replicated` are what --placement reads."""
     return plan.placement.as_json() | {
         "bytes": list(plan.bytes),
+        "memory_bytes": memory,
         "lookups_per_sample": list(plan.lookups),
         "lookup_ms": list(plan.lookup_ms),
     }
 
 
-def show_plan(plan: Plan, window_bytes: int, process_bytes: int) -> None:
+def show_plan(plan: Plan, memory: list[int]) -> None:
     """Print what a plan asks of each rank; memory is that of the process now, its tables, and its windows."""
     table = Table(title="Plan", title_justify="left")
     for name in ("rank", "tables", "table bytes", "memory", "rows/sample", "lookup ms/batch"):
@@ -139,8 +140,7 @@ def show_plan(plan: Plan, window_bytes: int, process_bytes: int) -> None:
         own = " ".join(map(str, pieces))
         if plan.placement.replicated:
             own += " and " + " ".join(map(str, plan.placement.replicated))
-        memory = plan.bytes[rank] + window_bytes + process_bytes
-        cells = (f"{plan.bytes[rank]:,}", f"{memory / 1e6:,.0f} MB")
+        cells = (f"{plan.bytes[rank]:,}", f"{memory[rank] / 1e6:,.0f} MB")
         table.add_row(str(rank), own, *cells, f"{plan.lookups[rank]:.1f}", f"{plan.lookup_ms[rank]:.3f}")
     Console(stderr=True).print(table)
 

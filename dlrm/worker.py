@@ -184,11 +184,11 @@ class Worker:
             options.placement, rows, self.ranks, cost, options.row_wise_above, options.replicate_below
         )
         plan = planner.plan(placement, rows, cost, options.mini_batch_size)
+        message = placement.largest_message(options.mini_batch_size, self.shape.dim)
+        others = message * self.ranks * (options.lag + 1) * 2 + resident_bytes()  # windows, and what is there already
+        self.planned_bytes = [tables + others for tables in plan.bytes]
         if options.plan and self.rank == 0:
-            window = (
-                placement.largest_message(options.mini_batch_size, self.shape.dim) * self.ranks * (options.lag + 1) * 2
-            )
-            report.show_plan(plan, window, resident_bytes())
+            report.show_plan(plan, self.planned_bytes)
         return plan
 
     def _facts(self, options: Options) -> dict[str, str]:
@@ -317,7 +317,7 @@ class Worker:
             "pooled_sha256": digest.hexdigest() if options.digest else None,
             "logits_sha256": hashlib.sha256(logits.tobytes()).hexdigest() if options.digest else None,
             "exact": difference is None if options.verify else None,
-            "plan": report.plan_values(self.plan),
+            "plan": report.plan_values(self.plan, self.planned_bytes),
         }
         for name, metric in (
             ("auc", metrics.auc),

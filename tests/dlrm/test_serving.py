@@ -201,3 +201,18 @@ def test_a_fitted_model_predicts_the_same_everywhere(test_data: Path, tmp_path: 
     assert abs(eighth["auc"] - single["auc"]) < 0.002
     ratio = sum(eighth["table_bytes"]) / sum(single["table_bytes"])
     assert ratio == pytest.approx((8 + 8) / (4 * 8), rel=0.02)
+
+
+def memory(rank: int, ranks: int, store: Store, line: str) -> tuple[list[int], list[int]] | None:
+    report = Worker(parse(line.split()), rank, ranks).run(store)
+    return report and (report.values["plan"]["memory_bytes"], report.values["resident_bytes"])
+
+
+@pytest.mark.slow
+def test_memory_is_what_the_plan_printed() -> None:
+    """Criteo Kaggle's tables, none above two million rows: 0.6 GB. All of them: --max-ind-range -1, 2.2 GB."""
+    line = "--max-ind-range 2000000 --placement greedy --lag 2 --num-batches 20 --mini-batch-size 2048"
+    planned, resident = run_ranks(memory, 4, line, timeout=300)[0].value
+    assert len(planned) == len(resident) == 4
+    for wanted, got in zip(planned, resident, strict=True):
+        assert abs(got - wanted) < 0.1 * wanted
