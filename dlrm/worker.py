@@ -54,6 +54,8 @@ DATA_OPTIONS = (
     "rand_data_dist", "numpy_rand_seed",
 )  # fmt: skip
 
+LIBRARIES_BYTES = 40 << 20  # that torch and UCX take once they are in use
+
 
 class Worker:
     """One rank's part of the model, ready to run. What can fail on bad input fails here, on all ranks alike."""
@@ -185,7 +187,8 @@ class Worker:
         )
         plan = planner.plan(placement, rows, cost, options.mini_batch_size)
         message = placement.largest_message(options.mini_batch_size, self.shape.dim)
-        others = message * self.ranks * (options.lag + 1) * 2 + resident_bytes()  # windows, and what is there already
+        windows = message * self.ranks * (options.lag + 1) * 2
+        others = windows + resident_bytes() + LIBRARIES_BYTES  # what is there already, and what will be
         self.planned_bytes = [tables + others for tables in plan.bytes]
         if options.plan and self.rank == 0:
             report.show_plan(plan, self.planned_bytes)
