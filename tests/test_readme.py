@@ -12,6 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from dlrm.data import open_source
+from dlrm.options import parse
+from tests.dlrm import examples
+
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "README.md").read_text()
 
@@ -65,7 +69,12 @@ def test_every_command_is_known_here() -> None:
             assert (ROOT / command.split()[1]).is_file(), command
 
 
-@pytest.mark.parametrize("command", [c for c in commands() if "-m dlrm" in c])
+def reads_or_draws(command: str) -> bool:
+    """Whether it is there for its data: test_data_commands."""
+    return command.startswith("python -m dlrm") and "--ranks" not in command and "--help" not in command
+
+
+@pytest.mark.parametrize("command", [c for c in commands() if "-m dlrm" in c and not reads_or_draws(c)])
 def test_dlrm_commands(command: str, tmp_path: Path) -> None:
     """Short: two ranks and eight batches."""
     words = shlex.split(command)
@@ -86,6 +95,26 @@ def test_dlrm_commands(command: str, tmp_path: Path) -> None:
         assert json.loads((tmp_path / "out.json").read_text())["exact"] is True
     if "--predictions" in words:
         assert len((tmp_path / "scores.csv").read_text().splitlines()) >= 500
+
+
+def test_data_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each finds the reader or generator that it means, and a first batch; without a run's seconds."""
+    monkeypatch.chdir(tmp_path)
+    examples.all_formats(tmp_path)
+    found = {}
+    for command in filter(reads_or_draws, commands()):
+        words = shlex.split(command)
+        assert words[:3] == ["python", "-m", "dlrm"]
+        options = parse(words[3:])
+        source = open_source(options)
+        shape = options.shape(source.table_rows, source.dense_features)
+        batch = next(iter(source.batches(2, 1)))
+        assert (batch.size, len(batch.indices)) == (2, shape.num_tables), command
+        found[command] = type(source).__name__
+    assert sorted(found.values()) == sorted(
+        ["CriteoFile", "ProcessedNpz", "MlperfBinary", "NpyDays", "AliCsv", "AliMultihot", "AliRaw", "Traces",
+         "StackDistance", "Uniform"]
+    )  # fmt: skip
 
 
 def test_info_command(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dlrm.data import TERABYTE_ROWS, criteo_rows, guess, open_source
-from dlrm.data.aliccp import DENSE, FIELDS, AliCsv, AliMultihot, AliRaw
+from dlrm.data.aliccp import AliCsv, AliMultihot, AliRaw
 from dlrm.data.batch import Batch, join
 from dlrm.data.criteo import CriteoFile
 from dlrm.data.mlperf import MlperfBinary, NpyDays
@@ -19,19 +19,7 @@ from dlrm.data.processed import ProcessedNpz
 from dlrm.data.traces import Traces
 from dlrm.errors import DataError, OptionError
 from dlrm.options import parse
-
-N = 50
-HOTNESS = tuple(1 + t % 3 for t in range(26))
-
-
-def arrays(seed: int = 1) -> dict[str, np.ndarray]:
-    random = np.random.default_rng(seed)
-    return {
-        "X_int": random.integers(-2, 1000, (N, 13), dtype=np.int32),
-        "X_cat": random.integers(0, 90, (N, 26), dtype=np.int32),
-        "y": random.integers(0, 2, N, dtype=np.int32),
-        "counts": np.full(26, 90),
-    }
+from tests.dlrm.examples import HOTNESS, N, ali_csv, ali_raw, arrays, days, mlperf_binary
 
 
 def whole(source: Any, batch_size: int = 7) -> Batch:
@@ -86,8 +74,7 @@ def test_an_npz_that_is_not_processed_criteo(tmp_path: Path) -> None:
 
 def test_the_binary_of_mlperf(tmp_path: Path) -> None:
     values = arrays()
-    words = np.concatenate([values["y"][:, None], values["X_int"], values["X_cat"]], axis=1).astype("<i4")
-    words.tofile(tmp_path / "train_data.bin")
+    mlperf_binary(tmp_path / "train_data.bin", values)
     assert (tmp_path / "train_data.bin").stat().st_size == N * 160
     options = ["--raw-data-file", str(tmp_path / "train_data.bin"), "--max-ind-range", "-1"]
     assert open_source(parse(options)).table_rows == TERABYTE_ROWS
@@ -100,25 +87,6 @@ def test_the_binary_of_mlperf(tmp_path: Path) -> None:
         stream.write(b"x")
     with pytest.raises(DataError, match="has 8001 bytes, wanted samples of 160 bytes"):
         open_source(parse(options))
-
-
-def days(folder: Path, multi_hot: bool) -> list[dict[str, Any]]:
-    """Two days; day_10 comes after day_9."""
-    found = []
-    for day in (9, 10):
-        values: dict[str, Any] = arrays(day)
-        values["dense"] = np.random.default_rng(day).random((N, 13), dtype=np.float32)
-        np.save(folder / f"day_{day}_dense.npy", values["dense"])
-        np.save(folder / f"day_{day}_labels.npy", values["y"][:, None])
-        if multi_hot:
-            random = np.random.default_rng(day)
-            values["hot"] = [random.integers(0, 80, (N, hot), dtype=np.int32) for hot in HOTNESS]
-            np.savez(folder / f"day_{day}_sparse_multi_hot.npz", **{str(t): a for t, a in enumerate(values["hot"])})
-        else:
-            values["X_cat"][0, 0] = -5  # a hash that int32 cannot hold
-            np.save(folder / f"day_{day}_sparse.npy", values["X_cat"])
-        found.append(values)
-    return found
 
 
 def test_the_days_of_torchrec(tmp_path: Path) -> None:
@@ -145,22 +113,6 @@ def test_the_multi_hot_days_of_mlperf(tmp_path: Path) -> None:
         np.testing.assert_array_equal(got.indices[table].numpy().reshape(-1, hot), rows)
         assert torch.equal(got.offsets[table], torch.arange(2 * N + 1) * hot)
     np.testing.assert_array_equal(got.dense.numpy(), np.concatenate([values["dense"] for values in wanted]))
-
-
-def ali_csv(path: Path, bad: str = "3", short: bool = False) -> Path:
-    names = ["click", "purchase", *FIELDS, *DENSE]
-    lines = [",".join(names)]
-    for sample in range(3):
-        values = [
-            str(sample % 2),
-            "0",
-            *[str(100 * sample + t) for t in range(23)],
-            *[f"{sample}.{d}" for d in range(8)],
-        ]
-        values[4] = bad if sample == 1 else values[4]
-        lines.append(",".join(values[: -1 if short and sample == 2 else None]))
-    path.write_text("\n".join(lines) + "\n")
-    return path
 
 
 def test_the_csv_of_ali_ccp(tmp_path: Path) -> None:
@@ -205,9 +157,7 @@ def test_the_multi_hot_text_of_ali_ccp(tmp_path: Path) -> None:
 
 
 def test_the_raw_files_of_ali_ccp(tmp_path: Path) -> None:
-    own, shared = "301\x021\x031.0", "101\x022\x031.5\x01150_14\x0270\x030.25\x01150_14\x025\x032.0"
-    (tmp_path / "sample_skeleton_train.csv").write_text(f"1,1,0,abc,1,{own}\n2,0,0,def,1,{own}\n3,0,0,abc,0,\n")
-    (tmp_path / "common_features_train.csv").write_text(f"def,1,205\x024\x033.0\nabc,3,{shared}\n")
+    own = ali_raw(tmp_path)
     source = open_source(parse(["--raw-data-file", str(tmp_path), "--max-ind-range", "64"]))
     assert isinstance(source, AliRaw)
     got = whole(source, 2)
