@@ -42,6 +42,7 @@ def parser() -> argparse.ArgumentParser:
     """The parser; its defaults are None where they depend on other flags (see `options.parse`)."""
     whole = argparse.ArgumentParser(
         prog="python -m dlrm",
+        usage="%(prog)s [FLAG ...]",
         description=_DESCRIPTION,
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -224,8 +225,8 @@ def _run_flags(add: Callable[..., Any]) -> None:
         type=at_least(0),
         default=0,
         metavar="B",
-        help="dense work in blocks of B samples, so that bits do not depend on the number of ranks; 0: the whole "
-        "slice at once (0)",
+        help="dense work in blocks of B samples that begin at multiples of B, so that bits do not depend on the number "
+        "of ranks; 0: a rank's samples in even blocks of at most 256 (0)",
     )
     add("--threads", type=at_least(1), default=1, metavar="N", help="threads of torch on each rank (1)")
     add(
