@@ -12,18 +12,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from dlrm.errors import OptionError
 from dlrm.placement import Run, split
 from dlrm.timeline import clock
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from dlrm.model import Dense
+    from dlrm.model import Dense, DenseKernel
 
 CACHED_ROWS = 256  # of a block, where no size is asked for
 VECTORS_ALIGN = 4
@@ -159,8 +160,8 @@ class Workspace:
         count = 1 + shape.num_tables
         dot = shape.interaction == "dot"
         self.inputs = torch.zeros(rows, shape.bottom[0])
-        self._bottom = _Layers(model.bot_l, rows)
-        self._top = _Layers(model.top_l, rows)
+        self._bottom = _Layers(model.bot_l, rows, model.kernel, True)
+        self._top = _Layers(model.top_l, rows, model.kernel, False)
         padded = -(-count // VECTORS_ALIGN) * VECTORS_ALIGN if dot else count
         self._all = torch.zeros(rows, padded, shape.dim)
         self.vectors = self._all[:, :count]
@@ -175,7 +176,7 @@ class Workspace:
 
     def bottom(self) -> Tensor:
         """The bottom MLP of `inputs`, [rows, dim]; overwritten by the next."""
-        return self._bottom(self.inputs).relu_()
+        return self._bottom(self.inputs)
 
     def top(self) -> None:
         """Interaction of `vectors` and top MLP: `logits` and `probabilities`."""
@@ -195,15 +196,30 @@ class Workspace:
 
 
 class _Layers:
-    """An MLP's linear layers, with ReLU between them but not behind the last, into memory of their own."""
+    """An MLP's linear layers, with ReLU between them; behind the last only where `rectified` asks for it."""
 
-    def __init__(self, mlp: nn.Sequential, rows: int) -> None:
-        linear = [layer for layer in mlp if isinstance(layer, nn.Linear)]
-        self._layers = [(layer.bias, layer.weight.t(), torch.empty(rows, layer.out_features)) for layer in linear]
+    def __init__(self, mlp: nn.Sequential, rows: int, kernel: DenseKernel, rectified: bool) -> None:
+        layers = [layer for layer in mlp if isinstance(layer, nn.Linear)]
+        self._layers = [(layer.weight, layer.bias) for layer in layers]
+        self._rectified = [True] * (len(layers) - 1) + [rectified]
+        self._onednn = linear_of_onednn() if kernel == "onednn" else None
+        self._outs = [] if self._onednn else [torch.empty(rows, layer.out_features) for layer in layers]
 
     def __call__(self, value: Tensor) -> Tensor:
-        for number, (bias, weight, out) in enumerate(self._layers):
-            if number:
+        if self._onednn is not None:
+            for (weight, bias), rectified in zip(self._layers, self._rectified, strict=True):
+                value = self._onednn(value, weight, bias, "relu" if rectified else "none", [], "")
+            return value
+        for (weight, bias), rectified, out in zip(self._layers, self._rectified, self._outs, strict=True):
+            value = torch.addmm(bias, value, weight.t(), out=out)
+            if rectified:
                 value.relu_()
-            value = torch.addmm(bias, value, weight, out=out)
         return value
+
+
+def linear_of_onednn() -> Any:
+    """oneDNN's linear layer with its activation, as torch's compiler uses it. Raises OptionError where it is missing."""
+    try:
+        return torch.ops.mkldnn._linear_pointwise
+    except AttributeError as error:
+        raise OptionError("--dense-kernel onednn: this torch has no oneDNN; use --dense-kernel torch") from error

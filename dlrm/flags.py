@@ -228,6 +228,12 @@ def _run_flags(add: Callable[..., Any]) -> None:
         help="dense work in blocks of B samples that begin at multiples of B, so that bits do not depend on the number "
         "of ranks; 0: a rank's samples in even blocks of at most 256 (0)",
     )
+    add(
+        "--dense-kernel",
+        choices=("torch", "onednn"),
+        default="torch",
+        help="who multiplies the MLPs: torch's linear layers (MKL), or oneDNN, about twice as fast on AMD (torch)",
+    )
     add("--threads", type=at_least(1), default=1, metavar="N", help="threads of torch on each rank (1)")
     add(
         "--delay",

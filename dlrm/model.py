@@ -7,7 +7,7 @@ its own, so whichever rank builds a table builds the same one.
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from dlrm.shape import ModelShape
+
+DenseKernel = Literal["torch", "onednn"]
 
 _TABLE, _BOTTOM, _TOP = 0, 1, 2  # second word of a parameter's seed
 
@@ -48,6 +50,7 @@ class Dense(nn.Module):
         offset = 1 if shape.itself else 0
         pairs = [i * vectors + j for i in range(vectors) for j in range(i + offset)]  # the reference's order
         self.pairs = torch.tensor(pairs, dtype=torch.int64)
+        self.kernel: DenseKernel = "torch"  # who multiplies the MLPs where `dense` evaluates them
         self.loss_threshold = 0.0  # in between 0 and 1: probabilities are kept that far from 0 and from 1
 
     def bottom(self, dense: Tensor) -> Tensor:

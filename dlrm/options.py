@@ -43,6 +43,7 @@ class Options:
     pooling: Literal["sum", "mean"]
     quantize_emb_with_bit: int
     table_kernel: Literal["torch", "fbgemm"]
+    dense_kernel: Literal["torch", "onednn"]
     placement: str
     row_wise_above: int
     replicate_below: int

@@ -76,6 +76,7 @@ class Worker:
         self._state = None  # unmap the files
         if rank == 0:
             log.info("tables are stored and pooled by %s (%s)", self.kernel.name, options.pooling)
+            log.info("MLPs are multiplied by %s", options.dense_kernel)
         self._work = DenseWork(self.dense, options.dense_block)
         self._warm_up()
 
@@ -201,6 +202,7 @@ class Worker:
                 repr((self.shape, options.load_model, options.numpy_rand_seed)).encode()
             ).hexdigest(),
             "kernel": f"{self.kernel.name}, {options.pooling}",
+            "dense-kernel": options.dense_kernel,
             "placement": json.dumps(self.placement.as_json()),
             "data": repr([getattr(options, name) for name in DATA_OPTIONS]),
             "lag": str(options.lag),
@@ -235,7 +237,7 @@ class Worker:
         self._state = checkpoint.read(options.load_model, self.shape) if options.load_model else None
         tables = self._tables(owned)
         dense = Dense(self.shape, options.numpy_rand_seed)
-        dense.loss_threshold = options.loss_threshold
+        dense.loss_threshold, dense.kernel = options.loss_threshold, options.dense_kernel
         if self._state is not None:
             checkpoint.load_dense(self._state, dense)
         return tables, dense
@@ -317,6 +319,7 @@ class Worker:
             "samples": len(probabilities),
             "samples_per_s": len(probabilities) / values["seconds"],
             "kernel": self.kernel.name,
+            "dense_kernel": options.dense_kernel,
             "pooled_sha256": digest.hexdigest() if options.digest else None,
             "logits_sha256": hashlib.sha256(logits.tobytes()).hexdigest() if options.digest else None,
             "exact": difference is None if options.verify else None,

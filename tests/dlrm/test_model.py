@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -76,9 +76,9 @@ def in_float64(
     return np.stack(vectors[1:]), float(last @ value + bias), float(np.abs(last) @ value + abs(bias))
 
 
-@pytest.mark.parametrize("block", [0, 24])
+@pytest.mark.parametrize(("block", "kernel"), [(0, "torch"), (24, "torch"), (0, "onednn"), (24, "onednn")])
 @pytest.mark.parametrize(("interaction", "itself"), [("dot", False), ("dot", True), ("cat", False)])
-def test_against_an_independent_float64_computation(interaction: str, itself: bool, block: int) -> None:
+def test_against_an_independent_float64_computation(interaction: str, itself: bool, block: int, kernel: Any) -> None:
     """Relative errors under 1e-5: of all vectors, of all logits, and of each probability.
 
     A single logit may be a small difference of large terms: its error is relative to those.
@@ -87,6 +87,7 @@ def test_against_an_independent_float64_computation(interaction: str, itself: bo
     for seed in (1, 2, 3):
         (batch,) = Uniform(4, ROWS, seed, 4, False).batches(64, 1)
         tables, dense = Tables(whole, range(5), seed), Dense(whole, seed)
+        dense.kernel = kernel
         pooled, logits, probabilities = SingleProcess(tables, dense, Placement(5, 1), block).evaluate(batch)
         weights = {
             name: tensor.numpy().astype(np.float64)
@@ -118,14 +119,15 @@ def test_blocks_cover_a_slice_and_put_each_sample_in_its_row(samples: range, siz
     assert seen == list(samples)
 
 
-@pytest.mark.parametrize("block", [8, 15, 32])
-def test_with_blocks_the_bits_do_not_depend_on_the_slices(block: int) -> None:
+@pytest.mark.parametrize(("block", "kernel"), [(8, "torch"), (15, "torch"), (32, "torch"), (15, "onednn")])
+def test_with_blocks_the_bits_do_not_depend_on_the_slices(block: int, kernel: Any) -> None:
     torch.set_num_threads(1)
     rows = (100,) * 26
     width = interaction_width(26, 16, "dot", False)
     whole = ModelShape(rows, 16, (13, 512, 256, 64, 16), (width, 512, 256, 1))
     (batch,) = Uniform(13, rows, 3, 2, False).batches(101, 1)
     tables, dense = Tables(whole, range(26), 1), Dense(whole, 1)
+    dense.kernel = kernel
     wanted = SingleProcess(tables, dense, Placement(26, 1), block).evaluate(batch)
     for ranks in (2, 3, 4, 5, 7, 101, 120):
         got = SingleProcess(tables, dense, Placement(26, ranks), block).evaluate(batch)
