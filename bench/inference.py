@@ -89,6 +89,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument("--batch", type=int, default=2048, help="samples, of all ranks together (%(default)s)")
     parser.add_argument("--batches", type=int, default=32, help="in a repetition (%(default)s)")
     parser.add_argument("--rows", type=int, default=100_000, help="of each of the 26 tables (%(default)s)")
+    parser.add_argument("--dense-kernel", choices=["torch", "onednn"], default="torch", help="ours (%(default)s)")
     parser.add_argument("--repeat", type=int, default=7, help="repetitions (%(default)s)")
     parser.add_argument("--quick", action="store_true", help="2 ranks, lags 0 and 1, 3 repetitions of 8 batches")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything")
@@ -116,7 +117,7 @@ def run(options: argparse.Namespace) -> int:
         f"{facts['cpu']}, {facts['cores']} cores; {facts['caches']}",
         f"cores that other processes kept busy: median {median(others):.2f}, at most {max(others):.2f}",
         f"26 tables of {options.rows:,} rows, dim 64; bottom 13-512-256-64, top 512-256-1",
-        f"batch {options.batch:,}; {options.batches} batches in a repetition, {options.repeat} repetitions",
+        f"MLPs by {options.dense_kernel}; batch {options.batch:,}; {options.batches} batches in a repetition, {options.repeat} repetitions",
     ]
     publish(options, f"python -m bench {' '.join(sys.argv[1:])}", about, tables)
     if options.json:
@@ -144,7 +145,7 @@ def _measure(options: argparse.Namespace, lookups: int) -> tuple[list[Measured],
     model = MODEL | {
         "arch-embedding-size": "-".join([str(options.rows)] * TABLES),
         "num-indices-per-lookup": str(lookups), "num-batches": str(options.batches),
-        "mini-batch-size": str(options.batch), "data-generation": "random",
+        "mini-batch-size": str(options.batch), "data-generation": "random", "dense-kernel": options.dense_kernel,
     }  # fmt: skip
     flags = [*(word for name, value in model.items() for word in (f"--{name}", value)),
              "--num-indices-per-lookup-fixed"]  # fmt: skip

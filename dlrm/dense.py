@@ -218,7 +218,7 @@ class _Layers:
 
 
 def linear_of_onednn() -> Any:
-    """oneDNN's linear layer with its activation, as torch's compiler uses it. Raises OptionError where it is missing."""
+    """oneDNN's linear layer with its activation, as torch's compiler uses it. Raises OptionError if it is missing."""
     try:
         return torch.ops.mkldnn._linear_pointwise
     except AttributeError as error:
