@@ -117,7 +117,8 @@ def run(options: argparse.Namespace) -> int:
         f"{facts['cpu']}, {facts['cores']} cores; {facts['caches']}",
         f"cores that other processes kept busy: median {median(others):.2f}, at most {max(others):.2f}",
         f"26 tables of {options.rows:,} rows, dim 64; bottom 13-512-256-64, top 512-256-1",
-        f"MLPs by {options.dense_kernel}; batch {options.batch:,}; {options.batches} batches in a repetition, {options.repeat} repetitions",
+        f"batch {options.batch:,}; {options.batches} batches in a repetition, {options.repeat} repetitions",
+        f"MLPs of ours multiplied by {options.dense_kernel}",
     ]
     publish(options, f"python -m bench {' '.join(sys.argv[1:])}", about, tables)
     if options.json:
