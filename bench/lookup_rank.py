@@ -23,6 +23,7 @@ from torch.nn import functional
 
 from bench.systems.ours import Ours
 from blsrdma import Bags, Exchange, Lookup
+from blsrdma.lookup_tables import hot_rows
 from dlrm import delays
 
 POOL = 8  # batches that are drawn, and used in turn
@@ -99,7 +100,7 @@ class Loop(ABC):
 class Asking(Loop):
     """A Lookup."""
 
-    def __init__(self, work: Work, rank: int, lag: int, store: Any, name: str, **settings: Any) -> None:
+    def __init__(self, work: Work, rank: int, lag: int, store: Any, name: str, hot: int = 0, **settings: Any) -> None:
         super().__init__(work, rank, lag)
         own = {t: work.weight(t) for t, owner in enumerate(work.owners) if owner == rank}
         size = 1 << 20
@@ -107,6 +108,11 @@ class Asking(Loop):
             own, store, rank, work.ranks, name=name, lag=lag, request_bytes=size, response_bytes=size,
             close_timeout=20, **settings,
         )  # fmt: skip
+        if hot:  # found in batches that are not among those that are measured
+            sample = [work.indices(rank, POOL + n) for n in range(10)]
+            for table, owner in enumerate(work.owners):
+                if owner != rank:
+                    self.lookup.keep(table, hot_rows(torch.cat([batch[table] for batch in sample]).numpy(), hot))
         offsets = work.offsets()
         self.bags = [[Bags(t, i, offsets) for t, i in enumerate(work.indices(rank, n))] for n in range(POOL)]
         self.outs = [torch.empty(work.samples, work.tables, work.dim) for _ in range(lag + 2)]
@@ -127,7 +133,10 @@ class Asking(Loop):
         stats = self.lookup.stats()
         self.lookup.finish()
         self.lookup.close()
-        return {"paths": sorted({peer["path"] for peer in stats["peers"]})}
+        asked = [peer["asked"] for peer in stats["peers"] if peer["rank"] != self.rank]
+        counts = {what: sum(each[what] for each in asked) for what in ("rows", "fetched", "kept", "cached", "repeated")}
+        carried = sum(each["request_bytes"] + each["response_bytes"] for each in asked)
+        return {"paths": sorted({peer["path"] for peer in stats["peers"]}), "counts": counts, "carried": carried}
 
 
 class Collective(Loop):

@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import count
 from pathlib import Path
 from statistics import median
@@ -67,18 +67,31 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     add_options(parser, "lookups")
 
 
+ZIPF = "zipf 1.05, all tables at rank 0"
+# What there is to move less, each alone.
+LESS: dict[str, dict[str, Any]] = {
+    "put, pooled": {},
+    "put, rows": {"fetch": "rows", "dedupe": False},
+    "put, rows once": {"fetch": "rows"},
+    "put, rows once, cache": {"fetch": "rows", "cache_bytes": 8 << 20},
+    "put, rows once, hot rows": {"fetch": "rows", "hot": 4000},
+}
+
+
 class Runs:
     """Measurements of one team, with what they found: results[case, system] has one entry a repetition."""
 
     def __init__(self, team: Team, work: Work, options: argparse.Namespace) -> None:
         self._team, self._work, self._options = team, work, options
         self._names = count()
+        self.skewed = replace(work, zipf=1.05, owners=[0] * work.tables)
         self.results: dict[tuple[str, str], list[dict[str, Any]]] = {}
 
     def measure(
-        self, case: str, system: str, lag: int, delay: str, seed: int, work: Work | None = None, **settings: Any
-    ) -> None:
-        """One repetition of one system."""
+        self, case: str, system: str, lag: int, delay: str, seed: int, label: str = "", work: Work | None = None,
+        **settings: Any,
+    ) -> None:  # fmt: skip
+        """One repetition of one system, called `label`."""
         ranks = self._team.call(
             "run", function="bench.lookup_rank:measure", system=system, work=asdict(work or self._work), lag=lag,
             name=f"lookups-{next(self._names)}", iterations=self._options.iterations, delay=delay, seed=seed,
@@ -87,11 +100,12 @@ class Runs:
         slept = np.array([rank["slept"] for rank in ranks]) / 1e6
         latency = np.array([rank["latency"] for rank in ranks]) / 1e6
         asleep = slept.sum(axis=1) > 0
-        self._keep(case, settings.get("label", system) if settings else system, {
+        self._keep(case, label or system, {
             "ms": max(rank["ns"] for rank in ranks) / 1e6 / self._options.iterations, "slept": slept.tolist(),
             "p50": float(np.percentile(latency, 50)), "checked": sum(rank["checked"] for rank in ranks),
             "p99_awake": float(np.percentile(latency[~asleep], 99)) if not asleep.all() else None,
-            "paths": ranks[0]["paths"],
+            "paths": ranks[0]["paths"], "carried": sum(rank.get("carried", 0) for rank in ranks),
+            "counts": {what: sum(rank["counts"][what] for rank in ranks) for what in ranks[0].get("counts", {})},
         })  # fmt: skip
 
     def outage(self, case: str, system: str, stopped: bool) -> None:
@@ -121,6 +135,8 @@ def plans(options: argparse.Namespace, runs: Runs) -> Iterator[Callable[[], None
             for k in range(len(SYSTEMS)):
                 system = SYSTEMS[(k + repetition) % len(SYSTEMS)]
                 yield lambda a=(case, system, depth, delay, repetition): runs.measure(*a)  # type: ignore[misc]
+        for label, settings in LESS.items():
+            yield lambda a=(ZIPF, "put", lag, "none", repetition, label, runs.skewed), s=settings: runs.measure(*a, **s)  # type: ignore[misc]
         if repetition < 3:
             for stopped in (False, True):
                 case = "owner stopped" if stopped else "owner idle"
@@ -157,7 +173,7 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(values) + "\n")
-    publish(options, command, about(facts, work, options), [times(runs, options), reach(runs, options)])
+    publish(options, command, about(facts, work, options), [times(runs, options), less(runs), reach(runs, options)])
     if options.plot:
         from bench.lookup_plot import draw
 
@@ -201,7 +217,7 @@ def times(runs: Runs, options: argparse.Namespace) -> Table:
                "ratio: measured / no synchronisation, of each run's own delays."],
     )  # fmt: skip
     for (case, system), found in runs.results.items():
-        if "ms" not in found[0]:
+        if "ms" not in found[0] or case == ZIPF:
             continue
         values = sorted(each["ms"] for each in found)
         each_model = [models(each, options.lag, c) for each in found]
@@ -209,6 +225,26 @@ def times(runs: Runs, options: argparse.Namespace) -> Table:
         cells = [f"{median(model[k] for model in each_model):.3f}" for k in range(3)]
         table.rows.append([case, system, f"{median(values):.3f}", f"{values[0]:.3f} – {values[-1]:.3f}", *cells,
                            f"{median(ratios):.2f}"])  # fmt: skip
+    return table
+
+
+def less(runs: Runs) -> Table:
+    """What a skewed load gains from moving less."""
+    table = Table(
+        f"{ZIPF}: moving less (medians)",
+        ["<system", "ms", "speed", "MB moved", "rows fetched", "kept here", "cached", "repeated"],
+        notes=["Of the rows that ranks wanted of rank 0; moved: requests and responses, preparation included.",
+               "Hot rows: the 4000 of each table that were most frequent in ten other batches."],
+    )  # fmt: skip
+    plain = runs.median(ZIPF, "put, pooled")
+    for label in LESS:
+        run = runs.results[ZIPF, label][-1]
+        counts = run["counts"]
+        shares = [f"{counts[what] / counts['rows']:.0%}" for what in ("fetched", "kept", "cached", "repeated")]
+        if label == "put, pooled":
+            shares = ["–"] * 4
+        ms = runs.median(ZIPF, label)
+        table.rows.append([label, f"{ms:.3f}", f"{plain / ms:.2f}", f"{run['carried'] / 1e6:.1f}", *shares])
     return table
 
 
@@ -239,6 +275,8 @@ def reach(runs: Runs, options: argparse.Namespace) -> Table:
     best = min(runs.median(case, "alltoallv") for case in ("undelayed", "undelayed, lag 0"))
     row("undelayed: speed / alltoallv at its best lag", ">= 0.95",
         lambda s: f"{best / min(runs.median(case, s) for case in ('undelayed', 'undelayed, lag 0')):.2f}")  # fmt: skip
+    hot = runs.median(ZIPF, "put, pooled") / runs.median(ZIPF, "put, rows once, hot rows")
+    row(f"{ZIPF}: speed with hot rows / without", ">= 2", lambda s: f"{hot:.2f}" if s == "put" else "–")
     pace = runs.median("owner stopped", "get", "per_second") / runs.median("owner idle", "get", "per_second")
     row("one owner stopped: others' pace / owner idle", ">= 1", lambda s: f"{pace:.2f}" if s == "get" else "–")
     return table

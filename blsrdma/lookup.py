@@ -32,6 +32,7 @@ import numpy as np
 from blsrdma import hosts, request_windows
 from blsrdma.asked import Asked, places, slices
 from blsrdma.errors import (
+    BagsError,
     BlsrdmaError,
     ExchangeClosed,
     MemoryLimitExceeded,
@@ -197,6 +198,20 @@ class Lookup:
         asked = self._in_flight[number] = Asked(self, number, bags, result)
         return asked
 
+    def keep(self, table: int, rows: Array, timeout: float | None = None) -> None:
+        """Get rows of a table of another rank now, and keep them here: asks find them, and their owner is spared.
+
+        Of use with fetch "rows", for rows that are asked for often (see hot_rows); else it does nothing. `rows`: int64
+        [n], on any rank any rows. Raises BagsError for a row that the table does not have; PeerTimeout, PeerFailed.
+        """
+        self._usable()
+        numbers = np.ascontiguousarray(rows, dtype=np.int64)
+        if table not in self._numbers:
+            raise BagsError(f"table {table}: no rank has it", table)
+        outcome = self._core.keep(self._numbers[table], address(numbers), numbers.size, self._ns(timeout))
+        if outcome:
+            raise self._error(outcome)
+
     def finish(self, timeout: float | None = None) -> None:
         """This rank asks no more: serve the others until all of them say the same, or have left or failed.
 
@@ -215,13 +230,15 @@ class Lookup:
         - path: self, direct (stores into mapped memory), put (UCX), read (get mode: its tables are mapped here); and
           transport, UCX's choice for puts;
         - asked of it: requests, request_bytes, response_bytes, bags, rows, wait_ns (of waits in which it was missing),
-          degraded (bags that were answered with the default row);
+          degraded (bags that were answered with the default row); and with fetch "rows": rows fetched, and not fetched
+          because they were kept, cached or repeated;
         - served to it: requests, bags, rows, refused, busy_ns.
         """
         self._usable()
         peers = []
         for q in range(self.world_size):
-            asked = ("requests", "request_bytes", "response_bytes", "bags", "rows", "wait_ns", "degraded")
+            asked = ("requests", "request_bytes", "response_bytes", "bags", "rows", "wait_ns", "degraded", "fetched",
+                     "kept", "cached", "repeated")  # fmt: skip
             served = ("requests", "bags", "rows", "refused", "busy_ns")
             path = "self" if q == self.rank else self._path(q)
             peers.append(
@@ -377,7 +394,8 @@ class Lookup:
         return native.Lookup(
             self._fabric.native, self._arenas[0], self._arenas[1], tables,
             (_native(self._geometry[0]), _native(self._geometry[1])), self.rank, common.lag, epoch, common.direct,
-            common.checksum, settings.mode != "put", settings.serve == "inline",
+            common.checksum, settings.mode != "put",
+            (settings.fetch == "rows", settings.dedupe, settings.cache_bytes), settings.serve == "inline",
             settings.on_peer_failure == "degrade", settings.default_row, settings.serve_share,
             timeout_ns(common.keepalive), (2000 if free else 0, 1000 if free else 20), (2000 if free else 0, 2),
         )  # fmt: skip

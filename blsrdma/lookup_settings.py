@@ -4,6 +4,10 @@
 |-----------------|---------|---------|
 | mode            | put     | put: owners pool rows and put them; get: requesters read rows and pool them; |
 |                 |         | auto: get from owners whose tables are mapped here, put from the others |
+| fetch           | bags    | what owners are asked for in put mode. bags: they pool. rows: they send them as stored, |
+|                 |         | and they are pooled here; dedupe, cache_bytes and Lookup.keep() then spare some |
+| dedupe          | 1       | rows that occur several times in an ask are fetched once |
+| cache_bytes     | 0       | for rows of other ranks that have been fetched |
 | request_bytes   | *       | of a request window; larger requests are cut. *: window_bytes |
 | response_bytes  | *       | of a response window; *: window_bytes |
 | pooling         | sum     | sum or mean of a bag's rows |
@@ -22,13 +26,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from blsrdma.errors import SettingsError
-from blsrdma.settings import Settings, parse_size
+from blsrdma.settings import Settings, parse_flag, parse_size
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 CHOICES = {
     "mode": ("put", "get", "auto"),
+    "fetch": ("bags", "rows"),
     "pooling": ("sum", "mean"),
     "serve": ("thread", "inline"),
     "on_peer_failure": ("raise", "degrade"),
@@ -44,6 +49,9 @@ class LookupSettings:
     request_bytes: int
     response_bytes: int
     mode: Literal["put", "get", "auto"] = "put"
+    fetch: Literal["bags", "rows"] = "bags"
+    dedupe: bool = True
+    cache_bytes: int = 0
     pooling: Literal["sum", "mean"] = "sum"
     serve: Literal["thread", "inline"] = "thread"
     serve_share: float = 1.0
@@ -54,7 +62,7 @@ class LookupSettings:
     def resolve(environment: Mapping[str, str] | None = None, **keywords: Any) -> LookupSettings:
         """Keywords that are not None, then the environment, then the defaults. Raises SettingsError."""
         environment = os.environ if environment is None else environment
-        own = [*CHOICES, "request_bytes", "response_bytes", "serve_share", "default_row"]
+        own = [*CHOICES, "dedupe", "cache_bytes", "request_bytes", "response_bytes", "serve_share", "default_row"]
         known = {_PREFIX + name.upper(): name for name in own}
         for variable in environment:
             if variable.startswith(_PREFIX) and variable not in known:
@@ -94,6 +102,8 @@ def _checked(name: str, given: Any) -> Any:
         if given not in CHOICES[name]:
             raise ValueError(f"must be one of {', '.join(CHOICES[name])}")
         return given
+    if name == "dedupe":
+        return parse_flag(str(given)) if isinstance(given, str) else bool(given)
     if name.endswith("_bytes"):
         size = parse_size(given) if isinstance(given, str) else given
         if isinstance(size, bool) or int(size) != size or size < 0:

@@ -48,6 +48,17 @@ Lookup::Lookup(std::shared_ptr<Fabric> fabric, std::shared_ptr<Arena> requests, 
     each.slots.resize(config.requests.windows);
     each.failure = std::make_unique<Failure>();
   }
+  std::uint64_t remote = 0;
+  for (const Table& each : tables_) remote += each.owner == config.rank ? 0 : each.rows * each.row_bytes;
+  kept_.resize(tables_.size());
+  for (std::size_t t = 0; t < tables_.size(); ++t) {
+    const Table& table = tables_[t];
+    if (table.owner == config.rank || !config.fetch) continue;
+    // The cache is shared out by size.
+    const double share = static_cast<double>(table.rows * table.row_bytes) / static_cast<double>(std::max<std::uint64_t>(1, remote));
+    const auto rows = static_cast<std::uint64_t>(static_cast<double>(config.cache_bytes) * share) / table.row_bytes;
+    kept_[t].open(table.row_bytes, std::min(rows, table.rows));
+  }
   Server::Config serving;
   serving.requests = config.requests;
   serving.responses = config.responses;
@@ -234,8 +245,10 @@ void Lookup::write(std::uint32_t owner, PeerState& peer) {
     Slot& slot = peer.slots[peer.sent % peer.slots.size()];
     std::byte* to = peer.asking->place(peer.sent);
     if (!to) to = peer.staging[peer.sent % peer.staging.size()].data();
-    const std::uint64_t bytes = write_query(job.parts, tables_, job.cursor, to, config_.requests.window_bytes,
-                                            config_.responses.window_bytes, slot.landings);
+    const std::uint64_t room = config_.requests.window_bytes, reply_room = config_.responses.window_bytes;
+    const std::uint64_t bytes = job.rows
+                                    ? write_fetch(job.fetches, tables_, job.cursor, to, room, reply_room, slot.rows)
+                                    : write_query(job.parts, tables_, job.cursor, to, room, reply_room, slot.landings);
     slot.job = &job;
     ++job.in_flight;
     Header header{peer.sent, bytes, 0, Header::kInline, config_.checksums ? checksum(to, bytes) : 0, 0};
@@ -258,7 +271,11 @@ void Lookup::consume(std::uint32_t owner, PeerState& peer) {
   std::string wrong = responses_.read(peer.received, owner, header);
   const std::byte* from = responses_.payload(peer.received, owner);
   std::uint64_t expected = 0;
-  for (const Landing& each : slot.landings) expected += 4 * each.bags * each.dim;
+  if (job.rows) {
+    for (const FetchLanding& each : slot.rows) expected += padded(each.bytes);
+  } else {
+    for (const Landing& each : slot.landings) expected += 4 * each.bags * each.dim;
+  }
   if (wrong.empty() && config_.checksums && header.checksum != checksum(from, header.length)) {
     wrong = "its response does not match its checksum";
   }
@@ -272,6 +289,11 @@ void Lookup::consume(std::uint32_t owner, PeerState& peer) {
   } else if (wrong.empty() && (header.kind != Header::kInline || header.tag != kRows || header.length != expected)) {
     wrong = "its response has " + std::to_string(header.length) + " bytes and tag " + std::to_string(header.tag) +
             ", where " + std::to_string(expected) + " bytes of rows are expected";
+  } else if (wrong.empty() && job.rows && !job.failed) {
+    for (const FetchLanding& each : slot.rows) {
+      std::memcpy(each.to, from, each.bytes);
+      from += padded(each.bytes);
+    }
   } else if (wrong.empty() && !job.failed) {
     for (const Landing& each : slot.landings) {
       const std::uint64_t row = 4 * std::uint64_t{each.dim};
@@ -294,6 +316,14 @@ void Lookup::retire(PeerState& peer) {
   while (peer.oldest < peer.end) {
     Job& job = peer.jobs[peer.oldest % peer.jobs.size()];
     if (job.in_flight || !job.written()) return;
+    for (std::size_t g = 0; job.rows && !job.failed && g < job.used; ++g) {
+      const Gather& gather = job.gathers[g];
+      pool_gathered(gather);
+      const Table& table = tables_[gather.part->table];
+      for (std::size_t k = 0; k < gather.missing.size(); ++k) {
+        kept_[gather.part->table].insert(gather.missing[k], gather.buffer.get() + k * table.row_bytes);
+      }
+    }
     --job.ask->left;
     ++peer.oldest;
     peer.writing = std::max(peer.writing, peer.oldest);
@@ -360,13 +390,8 @@ Outcome Lookup::until(Done&& done, std::uint64_t deadline_ns) {
   return Outcome::ok;
 }
 
-Outcome Lookup::ask(const std::vector<Part>& parts, std::uint64_t deadline_ns, std::uint64_t& number) {
-  const Turn turn(busy_);
-  if (!turn) return Outcome::concurrent;
-  for (const Part& part : parts) {
-    fault_ = check(part, tables_[part.table]);
-    if (fault_.kind != Fault::none) return fail(Outcome::bad_bags, config_.rank);
-  }
+// Wait until another ask may be open, and open it.
+Outcome Lookup::open_ask(std::uint64_t deadline_ns, Ask*& ask) {
   const std::uint64_t bound = std::uint64_t{config_.lag} + 1;
   if (next_ >= bound) {
     const auto before = asks_.find(next_ - bound);
@@ -383,13 +408,150 @@ Outcome Lookup::ask(const std::vector<Part>& parts, std::uint64_t deadline_ns, s
     mine = std::move(spare_.back());
     spare_.pop_back();
   }
-  Ask& ask = *mine;
-  ask.number = number = next_++;
+  ask = mine.get();
+  ask->number = next_++;
+  ask->parts.clear();
+  ask->here.clear();
+  ask->left = 0;
+  ask->outcome = Outcome::ok;
+  asks_[ask->number] = std::move(mine);
+  return Outcome::ok;
+}
+
+// What `ask`, the newest, wants of a peer: a job that counts once peer.end covers it.
+Lookup::Job& Lookup::job_for(PeerState& peer, Ask& ask) {
+  Job& job = peer.jobs[peer.end % peer.jobs.size()];
+  if (job.number != ask.number) {
+    job.number = ask.number;
+    job.ask = &ask;
+    job.parts.clear();
+    job.fetches.clear();
+    job.cursor = {};
+    job.in_flight = 0;
+    job.used = 0;
+    job.failed = false;
+    job.rows = config_.fetch;
+  }
+  return job;
+}
+
+// Find the rows of a part: kept here, in the cache, or to be fetched. If all are here, it is pooled at once.
+void Lookup::gather(const Part& part, Job& job) {
+  const Table& table = tables_[part.table];
+  KeptRows& kept = kept_[part.table];
+  AskStats& stats = stats_[table.owner];
+  const std::uint64_t first = part.first(), count = static_cast<std::uint64_t>(part.offsets[part.bags]) - first;
+  if (job.used == job.gathers.size()) job.gathers.emplace_back();
+  Gather& it = job.gathers[job.used];
+  it.part = &part;
+  it.rows.resize(count);
+  it.missing.clear();
+  if (it.capacity < count * table.row_bytes) {
+    it.capacity = count * table.row_bytes;
+    it.buffer.reset(new std::byte[it.capacity]);
+  }
+  if (config_.dedupe) seen_.clear(count);
+  std::uint64_t copied = 0;  // rows out of the cache take slots from the end: the cache may drop them meanwhile
+  for (std::uint64_t i = 0; i < count; ++i) {
+    const auto row = static_cast<std::uint64_t>(part.indices[first + i]);
+    if (const std::byte* pinned = kept.pinned(row)) {
+      it.rows[i] = pinned;
+      ++stats.pinned;
+      continue;
+    }
+    const std::byte* cached = kept.cached(row);
+    const std::uint64_t fresh = cached ? count - 1 - copied : it.missing.size();
+    std::uint64_t slot = fresh;
+    if (config_.dedupe) slot = seen_.find_or_add(row, static_cast<std::uint32_t>(fresh));
+    it.rows[i] = it.buffer.get() + slot * table.row_bytes;
+    if (slot != fresh) {
+      ++stats.repeated;
+    } else if (cached) {
+      std::memcpy(it.buffer.get() + slot * table.row_bytes, cached, table.row_bytes);
+      ++copied;
+      ++stats.cached;
+    } else {
+      it.missing.push_back(row);
+      ++stats.fetched;
+    }
+  }
+  if (it.missing.empty()) return pool_gathered(it);
+  ++job.used;
+  job.parts.push_back(&part);
+  job.fetches.push_back({part.table, it.missing.data(), it.missing.size(), it.buffer.get()});
+}
+
+void Lookup::pool_gathered(const Gather& gather) {
+  const Part& part = *gather.part;
+  const Table& table = tables_[part.table];
+  scratch_.lengths.clear();
+  for (std::uint64_t b = 0; b < part.bags; ++b) scratch_.lengths.push_back(static_cast<std::uint32_t>(part.length(b)));
+  Pool job;
+  job.format = table.format;
+  job.dim = table.dim;
+  job.mean = part.mean;
+  job.rows = gather.rows.data();
+  job.weights = part.weights ? part.weights + part.first() : nullptr;
+  job.lengths = scratch_.lengths.data();
+  job.bags = part.bags;
+  job.out = part.out;
+  job.stride = part.stride;
+  pool(job);
+}
+
+Outcome Lookup::keep(std::uint32_t number, const std::int64_t* rows, std::uint64_t count, std::uint64_t deadline_ns) {
+  const Turn turn(busy_);
+  if (!turn) return Outcome::concurrent;
+  const Table& table = tables_[number];
+  std::vector<std::uint64_t> missing;
+  for (std::uint64_t i = 0; i < count; ++i) {
+    if (static_cast<std::uint64_t>(rows[i]) >= table.rows) {
+      fault_ = {Fault::index, number, i, rows[i], table.rows};
+      return fail(Outcome::bad_bags, config_.rank);
+    }
+    if (!kept_[number].pinned(static_cast<std::uint64_t>(rows[i]))) missing.push_back(static_cast<std::uint64_t>(rows[i]));
+  }
+  if (!config_.fetch || reads(table) || missing.empty()) return Outcome::ok;
+  Ask* ask = nullptr;
+  Outcome outcome = open_ask(deadline_ns, ask);
+  if (outcome != Outcome::ok) return outcome;
+  std::vector<std::byte> buffer(missing.size() * table.row_bytes);
+  PeerState& peer = peers_[table.owner];
+  Job& job = job_for(peer, *ask);
+  job.fetches.push_back({number, missing.data(), missing.size(), buffer.data()});
+  ++ask->left;
+  ++peer.end;
+  outcome = until([&] { return ask->left == 0; }, deadline_ns);
+  if (outcome != Outcome::ok) {  // what it points to is about to go: nothing may arrive there any more
+    details_.iteration = ask->number;
+    const Details why = details_;
+    lose(table.owner, Outcome::peer_died, "it did not send rows to be kept in time");
+    details_ = why;
+    return outcome;
+  }
+  outcome = result(*ask);
+  const std::uint64_t done = ask->number;
+  if (outcome == Outcome::ok) {
+    for (std::size_t k = 0; k < missing.size(); ++k) kept_[number].pin(missing[k], buffer.data() + k * table.row_bytes);
+  }
+  spare_.push_back(std::move(asks_.at(done)));
+  asks_.erase(done);
+  return outcome;
+}
+
+Outcome Lookup::ask(const std::vector<Part>& parts, std::uint64_t deadline_ns, std::uint64_t& number) {
+  const Turn turn(busy_);
+  if (!turn) return Outcome::concurrent;
+  for (const Part& part : parts) {
+    fault_ = check(part, tables_[part.table]);
+    if (fault_.kind != Fault::none) return fail(Outcome::bad_bags, config_.rank);
+  }
+  Ask* opened = nullptr;
+  const Outcome outcome = open_ask(deadline_ns, opened);
+  if (outcome != Outcome::ok) return outcome;
+  Ask& ask = *opened;
+  number = ask.number;
   ask.parts = parts;
-  ask.here.clear();
-  ask.left = 0;
-  ask.outcome = Outcome::ok;
-  asks_[number] = std::move(mine);
   for (const Part& part : ask.parts) {
     const Table& table = tables_[part.table];
     AskStats& stats = stats_[table.owner];
@@ -400,23 +562,18 @@ Outcome Lookup::ask(const std::vector<Part>& parts, std::uint64_t deadline_ns, s
       ask.here.push_back(&part);
       continue;
     }
-    PeerState& peer = peers_[table.owner];
-    Job& job = peer.jobs[peer.end % peer.jobs.size()];
-    if (job.number != number) {
-      job.number = number;
-      job.ask = &ask;
-      job.parts.clear();
-      job.cursor = {};
-      job.in_flight = 0;
-      job.failed = false;
+    Job& job = job_for(peers_[table.owner], ask);
+    if (config_.fetch) {
+      gather(part, job);
+    } else {
+      job.parts.push_back(&part);
     }
-    job.parts.push_back(&part);
   }
   for (std::uint32_t step = 1; step < peers_.size(); ++step) {  // everyone begins with its successor
     const auto q = static_cast<std::uint32_t>((config_.rank + step) % peers_.size());
     PeerState& peer = peers_[q];
     Job& job = peer.jobs[peer.end % peer.jobs.size()];
-    if (job.number != number) continue;
+    if (job.number != number || (job.rows && job.fetches.empty())) continue;
     ++ask.left;
     ++peer.end;
     pump(q);

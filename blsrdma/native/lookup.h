@@ -6,6 +6,9 @@
 // has been consumed, that is, copied to where the caller wants it. At most lag + 1 asks are incomplete at a time. Nobody
 // waits for a rank whose rows it does not need, and a failed owner fails the asks that need it, and no others.
 //
+// An owner is asked for pooled bags, or (Config::fetch) for rows as they are stored, which are pooled here: then rows that
+// occur twice are asked for once, and rows that are kept here (rows.h) not at all.
+//
 // One thread at a time calls a Lookup; its server has a thread of its own (serve.h), or serves within these calls.
 #pragma once
 
@@ -25,6 +28,7 @@
 #include "inbox.h"
 #include "liveness.h"
 #include "query.h"
+#include "rows.h"
 #include "serve.h"
 #include "wait.h"
 
@@ -38,6 +42,8 @@ struct AskStats {  // of one owner
   std::uint64_t rows = 0;
   std::uint64_t wait_ns = 0;   // waits in which it was missing
   std::uint64_t degraded = 0;  // bags that were answered with default rows
+  // Where rows are fetched: how many were, and were not because they were kept, cached or wanted already.
+  std::uint64_t fetched = 0, pinned = 0, cached = 0, repeated = 0;
 };
 
 class Lookup {
@@ -51,6 +57,9 @@ class Lookup {
     bool allow_direct = true;
     bool checksums = false;
     bool read = false;           // get: read the rows of owners whose tables are mapped, and ask only the others
+    bool fetch = false;          // ask for rows and pool them here
+    bool dedupe = true;          // of these each once
+    std::uint64_t cache_bytes = 0;
     bool serve_inline = false;   // within this rank's calls, else by a thread
     bool degrade = false;        // a failed owner's bags are answered with `instead`
     float instead = 0.0f;
@@ -84,6 +93,8 @@ class Lookup {
   bool ready(std::uint64_t number);  // whether wait() would return at once
   void forget(std::uint64_t number);
   std::vector<std::uint32_t> missing(std::uint64_t number) const;  // owners that have not answered it
+  // Get rows of a table of another rank and keep them for ever. One's own, and tables that are read, need none of that.
+  Outcome keep(std::uint32_t table, const std::int64_t* rows, std::uint64_t count, std::uint64_t deadline_ns);
   // No more asks: serve the others until they say the same, or have left.
   Outcome finish(std::uint64_t deadline_ns);
 
@@ -111,6 +122,14 @@ class Lookup {
     Details details;
     Fault fault;
   };
+  // Bags that are pooled here once their rows are: where each row is, or will be.
+  struct Gather {
+    const Part* part = nullptr;
+    std::vector<const std::byte*> rows;
+    std::vector<std::uint64_t> missing;  // these are fetched, into the first slots of the buffer
+    std::unique_ptr<std::byte[]> buffer;
+    std::uint64_t capacity = 0;  // bytes
+  };
   // What one ask wants of one owner.
   struct Job {
     std::uint64_t number = kNever;  // the ask's
@@ -119,11 +138,16 @@ class Lookup {
     Cursor cursor;
     std::uint64_t in_flight = 0;
     bool failed = false;
-    bool written() const { return failed || cursor.part == parts.size(); }
+    bool rows = false;  // it wants rows, for the first `used` gathers
+    std::size_t used = 0;
+    std::vector<Gather> gathers;
+    std::vector<Fetch> fetches;
+    bool written() const { return failed || cursor.part == (rows ? fetches.size() : parts.size()); }
   };
   struct Slot {  // of a request that has been sent
     Job* job = nullptr;
     std::vector<Landing> landings;
+    std::vector<FetchLanding> rows;
   };
   struct PeerState {
     Channel* asking = nullptr;       // requests to it
@@ -145,6 +169,10 @@ class Lookup {
   Outcome fail(Outcome outcome, std::uint32_t rank, std::string text = "");
   Outcome result(Ask& ask);
   bool reads(const Table& table) const;
+  Outcome open_ask(std::uint64_t deadline_ns, Ask*& ask);
+  Job& job_for(PeerState& peer, Ask& ask);
+  void gather(const Part& part, Job& job);
+  void pool_gathered(const Gather& gather);
   bool pump();
   void pump(std::uint32_t owner);
   void consume(std::uint32_t owner, PeerState& peer);
@@ -170,6 +198,8 @@ class Lookup {
   std::vector<std::unique_ptr<Channel>> asking_, answering_;  // by rank; none for oneself
   std::vector<PeerState> peers_;
   std::vector<AskStats> stats_;
+  std::vector<KeptRows> kept_;  // by table
+  RowIndex seen_;               // rows of one part
   std::map<std::uint64_t, std::unique_ptr<Ask>> asks_;
   std::vector<std::unique_ptr<Ask>> spare_;
   Scratch scratch_;

@@ -186,7 +186,8 @@ void bind_lookup(nb::module_& m) {
            [](Lookup* self, std::shared_ptr<Fabric> fabric, std::shared_ptr<Arena> requests, std::shared_ptr<Arena> responses,
               const std::vector<TableTuple>& tables,
               const std::pair<Geometry, Geometry>& geometry, std::uint32_t rank, std::uint32_t lag, std::uint64_t epoch,
-              bool direct, bool checksums, bool read, bool serve_inline, bool degrade, float instead, double share,
+              bool direct, bool checksums, bool read, const std::tuple<bool, bool, std::uint64_t>& fetch, bool serve_inline, bool degrade,
+              float instead, double share,
               std::int64_t keepalive_ns, const std::pair<std::uint32_t, std::uint32_t>& wait,
               const std::pair<std::uint32_t, std::uint32_t>& serving) {
              Lookup::Config config;
@@ -198,6 +199,7 @@ void bind_lookup(nb::module_& m) {
              config.allow_direct = direct;
              config.checksums = checksums;
              config.read = read;
+             std::tie(config.fetch, config.dedupe, config.cache_bytes) = fetch;
              config.serve_inline = serve_inline;
              config.degrade = degrade;
              config.instead = instead;
@@ -209,7 +211,7 @@ void bind_lookup(nb::module_& m) {
              new (self) Lookup(std::move(fabric), std::move(requests), std::move(responses), tables_of(tables), config);
            },
            "fabric"_a, "requests"_a, "responses"_a, "tables"_a, "geometry"_a, "rank"_a, "lag"_a, "epoch"_a, "direct"_a,
-           "checksums"_a, "read"_a, "serve_inline"_a, "degrade"_a, "instead"_a, "share"_a, "keepalive_ns"_a, "wait"_a,
+           "checksums"_a, "read"_a, "fetch"_a, "serve_inline"_a, "degrade"_a, "instead"_a, "share"_a, "keepalive_ns"_a, "wait"_a,
            "serving"_a)
       .def("connect",
            [](Lookup& self,
@@ -261,6 +263,12 @@ void bind_lookup(nb::module_& m) {
            "number"_a)
       .def("forget", &Lookup::forget, "number"_a)
       .def("missing", &Lookup::missing, "number"_a)
+      .def("keep",
+           [](Lookup& self, std::uint32_t table, std::uintptr_t rows, std::uint64_t count, std::int64_t timeout_ns) {
+             return without_gil(
+                 [&] { return self.keep(table, reinterpret_cast<const std::int64_t*>(rows), count, deadline(timeout_ns)); });
+           },
+           "table"_a, "rows"_a, "count"_a, "timeout_ns"_a)
       .def("finish",
            [](Lookup& self, std::int64_t timeout_ns) {
              return without_gil([&] { return self.finish(deadline(timeout_ns)); });
@@ -281,7 +289,8 @@ void bind_lookup(nb::module_& m) {
       .def("stats",
            [](const Lookup& self, std::uint32_t owner) {
              const AskStats& it = self.stats(owner);
-             return std::tuple(it.requests, it.request_bytes, it.response_bytes, it.bags, it.rows, it.wait_ns, it.degraded);
+             return std::tuple(it.requests, it.request_bytes, it.response_bytes, it.bags, it.rows, it.wait_ns, it.degraded,
+                               it.fetched, it.pinned, it.cached, it.repeated);
            },
            "owner"_a)
       .def("served",

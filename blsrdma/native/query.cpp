@@ -9,8 +9,6 @@ namespace {
 
 constexpr std::uint64_t kChunk = 2048;  // rows that pool_here collects at a time: their addresses stay in the first cache
 
-std::uint64_t padded(std::uint64_t bytes) { return (bytes + 7) & ~std::uint64_t{7}; }
-
 bool wide(const Table& table) { return table.rows > std::numeric_limits<std::uint32_t>::max(); }
 
 std::uint64_t part_bytes(std::uint64_t bags, std::uint64_t indices, bool is_wide, bool weighted) {
@@ -149,6 +147,40 @@ std::uint64_t write_query(const std::vector<const Part*>& parts, const std::vect
   return at;
 }
 
+std::uint64_t write_fetch(const std::vector<Fetch>& fetches, const std::vector<Table>& tables, Cursor& cursor, std::byte* to,
+                          std::uint64_t room, std::uint64_t reply_room, std::vector<FetchLanding>& landings) {
+  QueryHead head{0, 0};
+  std::uint64_t at = sizeof head, reply = 0;
+  landings.clear();
+  while (cursor.part < fetches.size()) {
+    const Fetch& fetch = fetches[cursor.part];
+    const Table& table = tables[fetch.table];
+    const std::uint64_t number = wide(table) ? 8 : 4;
+    if (at + sizeof(PartHead) + 8 > room || reply + padded(table.row_bytes) > reply_room) break;
+    const std::uint64_t count = std::min({fetch.count - cursor.bag, (room - at - sizeof(PartHead)) / 8 * 8 / number,
+                                          (reply_room - reply) / 8 * 8 / table.row_bytes});
+    const PartHead about{fetch.table, PartHead::kStored | (number == 8 ? PartHead::kWide : 0), 0, count};
+    std::memcpy(to + at, &about, sizeof about);
+    std::byte* numbers = to + at + sizeof about;
+    const std::uint64_t* rows = fetch.rows + cursor.bag;
+    if (number == 8) {
+      std::memcpy(numbers, rows, 8 * count);
+    } else {
+      auto* narrow = reinterpret_cast<std::uint32_t*>(numbers);
+      for (std::uint64_t i = 0; i < count; ++i) narrow[i] = static_cast<std::uint32_t>(rows[i]);
+    }
+    at += sizeof about + padded(number * count);
+    landings.push_back({fetch.to + cursor.bag * table.row_bytes, count * table.row_bytes});
+    reply += padded(count * table.row_bytes);
+    ++head.parts;
+    cursor.bag += count;
+    if (cursor.bag < fetch.count) break;
+    cursor = {cursor.part + 1, 0, 0};
+  }
+  std::memcpy(to, &head, sizeof head);
+  return at;
+}
+
 Answer answer_query(const std::byte* request, std::uint64_t length, const std::vector<Table>& tables, std::uint32_t self,
                     Carry& carry, std::byte* reply, std::uint64_t room, Scratch& scratch) {
   Answer answer;
@@ -173,10 +205,34 @@ Answer answer_query(const std::byte* request, std::uint64_t length, const std::v
     const bool is_wide = about.flags & PartHead::kWide, weighted = about.flags & PartHead::kWeighted;
     const bool continued = about.flags & PartHead::kContinued, unfinished = about.flags & PartHead::kUnfinished;
     // Bounds first, so that no product below can overflow.
-    if (about.flags > PartHead::kKnown || about.bags == 0 || about.bags > length || about.indices > length ||
+    const bool stored = about.flags & PartHead::kStored;
+    if (about.flags > PartHead::kKnown || (about.bags == 0) != stored || (stored && (weighted || continued || unfinished)) || about.bags > length || about.indices > length ||
         part_bytes(about.bags, about.indices, is_wide, weighted) > length - at ||
         continued != carry.active || (continued && carry.table != about.table)) {
       return refuse(Fault::malformed, about.table, at, about.flags, length);
+    }
+    if (stored) {
+      if (padded(about.indices * table.row_bytes) > room - answer.bytes || about.indices > room) {
+        return refuse(Fault::malformed, about.table, at, 0, room);
+      }
+      scratch.rows.resize(about.indices);
+      const std::byte* numbers = request + at + sizeof about;
+      const std::uint64_t good = is_wide ? locate<std::uint64_t>(numbers, about.indices, table, scratch.rows.data())
+                                         : locate<std::uint32_t>(numbers, about.indices, table, scratch.rows.data());
+      if (good < about.indices) {
+        std::uint64_t row = 0;
+        std::memcpy(&row, numbers + (is_wide ? 8 : 4) * good, is_wide ? 8 : 4);
+        return refuse(Fault::index, about.table, good, static_cast<std::int64_t>(row), table.rows);
+      }
+      std::byte* to = reply + answer.bytes;
+      for (std::uint64_t i = 0; i < about.indices; ++i) {
+        if (i + 8 < about.indices) __builtin_prefetch(scratch.rows[i + 8]);
+        std::memcpy(to + i * table.row_bytes, scratch.rows[i], table.row_bytes);
+      }
+      answer.bytes += padded(about.indices * table.row_bytes);
+      answer.rows += about.indices;
+      at += part_bytes(0, about.indices, is_wide, false);
+      continue;
     }
     const std::uint64_t finished = about.bags - unfinished;
     if (finished * table.dim > (room - answer.bytes) / 4) return refuse(Fault::malformed, about.table, at, 0, room);

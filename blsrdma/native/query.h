@@ -2,7 +2,8 @@
 //
 //   request    Head, then per table: PartHead, lengths of the bags (u32), row numbers (u32, or u64 for tables that need it),
 //              weights (f32, where there are any); each of these padded to 8 bytes
-//   response   the pooled rows (f32) of all bags in the order asked, without gaps; or a Refusal
+//   response   the pooled rows (f32) of all bags in the order asked, without gaps; or, where rows were asked for, these as they
+//              are stored, each table's padded to 8 bytes; or a Fault
 //
 // Requests larger than a window are cut between bags; a bag that is larger than a window by itself is cut, too, and its sum
 // goes on where it stopped (see pool.h), so that its bits stay those of one sum in index order.
@@ -81,13 +82,16 @@ struct PartHead {
   static constexpr std::uint32_t kMean = 4;
   static constexpr std::uint32_t kContinued = 8;   // the first bag goes on where the request before stopped
   static constexpr std::uint32_t kUnfinished = 16; // the last bag goes on in the next request
-  static constexpr std::uint32_t kKnown = 31;
+  static constexpr std::uint32_t kStored = 32;     // no bags: the rows themselves, as they are stored
+  static constexpr std::uint32_t kKnown = 63;
 
   std::uint32_t table;
   std::uint32_t flags;
   std::uint64_t bags;
   std::uint64_t indices;
 };
+
+inline std::uint64_t padded(std::uint64_t bytes) { return (bytes + 7) & ~std::uint64_t{7}; }
 
 // A response's tag.
 inline constexpr std::uint64_t kRows = 0;
@@ -114,6 +118,22 @@ struct Landing {
 // the cursor. Returns the request's bytes; `landings` says where the response's rows go.
 std::uint64_t write_query(const std::vector<const Part*>& parts, const std::vector<Table>& tables, Cursor& cursor,
                           std::byte* to, std::uint64_t room, std::uint64_t reply_room, std::vector<Landing>& landings);
+
+// Rows of one table that are wanted as they are stored.
+struct Fetch {
+  std::uint32_t table;
+  const std::uint64_t* rows;
+  std::uint64_t count;
+  std::byte* to;
+};
+struct FetchLanding {
+  std::byte* to;
+  std::uint64_t bytes;
+};
+
+// The same for rows; cursor.bag counts them.
+std::uint64_t write_fetch(const std::vector<Fetch>& fetches, const std::vector<Table>& tables, Cursor& cursor, std::byte* to,
+                          std::uint64_t room, std::uint64_t reply_room, std::vector<FetchLanding>& landings);
 
 // --- answering
 

@@ -20,7 +20,7 @@ from blsrdma.errors import (
 )
 from blsrdma.lookup import Lookup
 from blsrdma.lookup_settings import LookupSettings
-from blsrdma.lookup_tables import Bags, Rows, describe
+from blsrdma.lookup_tables import Bags, Rows, describe, hot_rows
 from tests.lookup.bags import DIMS, FORMATS, draw, pooled, rows, same_bits
 from tests.patterns import TRANSPORTS
 from tests.ranks import run_ranks
@@ -79,6 +79,9 @@ SETTINGS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "inline": ({"lag": 2, "serve": "inline"}, {}),
     "inline, tcp": ({"lag": 0, "serve": "inline"}, TRANSPORTS["tcp"]),
     "get": ({"lag": 2, "mode": "get"}, {}),
+    "rows": ({"lag": 2, "fetch": "rows", "cache_bytes": 20000}, {}),
+    "rows, cut, tcp": ({"lag": 1, "fetch": "rows", "request_bytes": 128, "response_bytes": 1024}, TRANSPORTS["tcp"]),
+    "rows, each time": ({"lag": 0, "fetch": "rows", "dedupe": False, "pooling": "mean"}, {}),
     "a small share": ({"lag": 1, "serve_share": 0.2}, {}),
 }
 
@@ -107,6 +110,42 @@ def test_many_random_placements(seed: int) -> None:
     name = list(SETTINGS)[seed % len(SETTINGS)]
     settings, env = SETTINGS[name]
     run_ranks(exact, 1 + seed % 5, 1000 + seed, settings, 60, env=env)
+
+
+def kept(rank: int, world: int, store: Any, settings: dict[str, Any]) -> dict[str, int]:
+    """Rank 0 owns a table; rank 1 keeps its hot rows, caches others, and asks for them again and again."""
+    table = rows(1, 300, 64, "fp16")
+    rng = np.random.default_rng(3)
+    with Lookup({0: table} if rank == 0 else {}, store, rank, world, lag=2, fetch="rows", **settings) as lookup:
+        if rank == 0:
+            return {}
+        lookup.keep(0, hot_rows(np.repeat(np.arange(300), np.arange(300)), 40))
+        lookup.keep(0, np.array([299, 3, 3]))
+        with pytest.raises(BagsError):
+            lookup.keep(0, np.array([300]))
+        for _ in range(60):
+            bags = draw(rng, 0, 300, 20, 8)
+            assert same_bits(lookup.ask([bags]).wait()[0], pooled(table, bags))
+        hot = Bags(0, torch.arange(260, 300), torch.tensor([0, 7, 40]))
+        before = lookup.stats()["peers"][0]["asked"]["requests"]
+        assert same_bits(lookup.ask([hot]).wait()[0], pooled(table, hot))
+        asked = lookup.stats()["peers"][0]["asked"]
+        assert asked["requests"] == before  # all of it was here
+        assert asked["fetched"] + asked["kept"] + asked["cached"] + asked["repeated"] == asked["rows"]
+        return dict(asked)
+
+
+def test_what_is_kept_is_not_asked_for() -> None:
+    plain = run_ranks(kept, 2, {"dedupe": False})[1].value
+    assert plain["kept"] > 0
+    assert plain["cached"] == plain["repeated"] == 0
+    once = run_ranks(kept, 2, {})[1].value
+    assert once["repeated"] > 0
+    assert once["fetched"] + once["repeated"] == plain["fetched"]
+    small, all_ = (run_ranks(kept, 2, {"cache_bytes": size})[1].value for size in (50 * 128, 300 * 128))
+    assert 0 < small["cached"] < all_["cached"]
+    assert all_["fetched"] == 259  # every other row once
+    assert all_["response_bytes"] < small["response_bytes"] < once["response_bytes"]
 
 
 def huge_bag(rank: int, world: int, store: Any) -> int:
