@@ -14,6 +14,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from blsrdma import Bags, Exchange, Lookup
 from blsrdma.lookup_tables import hot_rows
 from dlrm import delays
 
-POOL = 8  # batches that are drawn, and used in turn
+POOL = 32  # batches that are drawn, and used in turn
 clock = time.monotonic_ns
 
 
@@ -46,7 +47,7 @@ class Work:
 
     def weight(self, table: int) -> Tensor:
         """The rows of a table, the same on every rank."""
-        return torch.randn(self.rows, self.dim, generator=torch.Generator().manual_seed(1000 + table))
+        return _weight(table, self.rows, self.dim)
 
     def indices(self, rank: int, number: int) -> list[Tensor]:
         """A batch of a rank: per table samples * pooling row numbers."""
@@ -73,6 +74,11 @@ class Work:
             [functional.embedding_bag(i, self.weight(t), offsets, mode="sum", include_last_offset=True)
              for t, i in enumerate(self.indices(rank, number))], dim=1,
         )  # fmt: skip
+
+
+@lru_cache(maxsize=64)
+def _weight(table: int, rows: int, dim: int) -> Tensor:
+    return torch.randn(rows, dim, generator=torch.Generator().manual_seed(1000 + table))
 
 
 class Loop(ABC):

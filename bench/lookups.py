@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -58,8 +59,8 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument("--rows", type=int, default=20_000, help="of a table (%(default)s)")
     parser.add_argument("--dim", type=int, default=64, help="(%(default)s)")
     parser.add_argument("--pooling", type=int, default=4, help="rows in a bag (%(default)s)")
-    parser.add_argument("--iterations", type=int, help="in one repetition (400; 100 with --quick)")
-    parser.add_argument("--repeat", type=int, help="repetitions (5; 2 with --quick)")
+    parser.add_argument("--iterations", type=int, help="in one repetition (300; 100 with --quick)")
+    parser.add_argument("--repeat", type=int, help="repetitions (3; 2 with --quick)")
     parser.add_argument("--outage", type=float, default=2.0, metavar="S", help="for so long one owner is stopped (2)")
     parser.add_argument("--quick", action="store_true", help="little time")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything")
@@ -67,7 +68,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     add_options(parser, "lookups")
 
 
-ZIPF = "zipf 1.05, all tables at rank 0"
+ZIPF = "zipf 1.05, all tables at rank 0, over TCP"
 # What there is to move less, each alone.
 LESS: dict[str, dict[str, Any]] = {
     "put, pooled": {},
@@ -79,12 +80,14 @@ LESS: dict[str, dict[str, Any]] = {
 
 
 class Runs:
-    """Measurements of one team, with what they found: results[case, system] has one entry a repetition."""
+    """Measurements, with what they found: results[case, system] has one entry a repetition. `team` makes them."""
 
-    def __init__(self, team: Team, work: Work, options: argparse.Namespace) -> None:
-        self._team, self._work, self._options = team, work, options
+    team: Team
+
+    def __init__(self, work: Work, options: argparse.Namespace) -> None:
+        self._work, self._options = work, options
         self._names = count()
-        self.skewed = replace(work, zipf=1.05, owners=[0] * work.tables)
+        self.skewed = replace(work, zipf=1.05, owners=[0] * work.tables, samples=4 * work.samples, pooling=1)
         self.results: dict[tuple[str, str], list[dict[str, Any]]] = {}
 
     def measure(
@@ -92,7 +95,7 @@ class Runs:
         **settings: Any,
     ) -> None:  # fmt: skip
         """One repetition of one system, called `label`."""
-        ranks = self._team.call(
+        ranks = self.team.call(
             "run", function="bench.lookup_rank:measure", system=system, work=asdict(work or self._work), lag=lag,
             name=f"lookups-{next(self._names)}", iterations=self._options.iterations, delay=delay, seed=seed,
             settings=settings, verify=seed == 0,
@@ -111,7 +114,7 @@ class Runs:
     def outage(self, case: str, system: str, stopped: bool) -> None:
         """How many iterations the others make a second while the last rank asks nothing."""
         seconds = self._options.outage
-        ranks = self._team.call(
+        ranks = self.team.call(
             "run", function="bench.lookup_rank:outage", system=system, work=asdict(self._work), lag=self._options.lag,
             name=f"lookups-{next(self._names)}", seconds=seconds, stopped=stopped, settings={},
         )  # fmt: skip
@@ -135,36 +138,44 @@ def plans(options: argparse.Namespace, runs: Runs) -> Iterator[Callable[[], None
             for k in range(len(SYSTEMS)):
                 system = SYSTEMS[(k + repetition) % len(SYSTEMS)]
                 yield lambda a=(case, system, depth, delay, repetition): runs.measure(*a)  # type: ignore[misc]
-        for label, settings in LESS.items():
-            yield lambda a=(ZIPF, "put", lag, "none", repetition, label, runs.skewed), s=settings: runs.measure(*a, **s)  # type: ignore[misc]
         if repetition < 3:
             for stopped in (False, True):
                 case = "owner stopped" if stopped else "owner idle"
                 yield lambda a=(case, "get", stopped): runs.outage(*a)  # type: ignore[misc]
 
 
+def skewed_plans(options: argparse.Namespace, runs: Runs) -> Iterator[Callable[[], None]]:
+    """The same for LESS."""
+    for repetition in range(options.repeat):
+        for label, settings in LESS.items():
+            yield lambda a=(ZIPF, "put", options.lag, "none", repetition, label, runs.skewed), s=settings: runs.measure(  # type: ignore[misc]
+                *a, **s
+            )
+
+
 def run(options: argparse.Namespace) -> int:
     """Exit status 1 when something failed."""
-    options.iterations = options.iterations or (100 if options.quick else 400)
-    options.repeat = options.repeat or (2 if options.quick else 5)
+    options.iterations = options.iterations or (100 if options.quick else 300)
+    options.repeat = options.repeat or (2 if options.quick else 3)
     ranks = options.ranks
     owners = [table * ranks // options.tables for table in range(options.tables)]
     work = Work(ranks, options.samples, options.tables, options.rows, options.dim, options.pooling, 0.0, owners)
     facts = environment.describe()
     for warning in environment.disturbed(facts["busy_before"]):
         print(warning, file=sys.stderr)
-    team = Team("bls", ranks, plan("bls", ranks, environment.cores(), Interpreters()))
-    runs = Runs(team, work, options)
+    runs = Runs(work, options)
     try:
-        team.ready()
-        steps = list(plans(options, runs))
-        for step in tqdm(steps, unit="run", disable=None, leave=False):
-            step()
+        for transport, planned in (("default", plans), ("tcp", skewed_plans)):
+            with contextlib.closing(
+                Team("bls", ranks, plan("bls", ranks, environment.cores(), Interpreters(), transport))
+            ) as team:
+                team.ready()
+                runs.team = team
+                for step in tqdm(list(planned(options, runs)), unit="run", disable=None, leave=False):
+                    step()
     except TeamFailed as error:
         print(error, file=sys.stderr)
         return 1
-    finally:
-        team.close()
     facts["load_after"] = environment.load()
     command = "python -m bench " + " ".join(sys.argv[1:])
     values = {"command": command, "environment": facts, "work": asdict(work), "lag": options.lag,
@@ -231,7 +242,7 @@ def times(runs: Runs, options: argparse.Namespace) -> Table:
 def less(runs: Runs) -> Table:
     """What a skewed load gains from moving less."""
     table = Table(
-        f"{ZIPF}: moving less (medians)",
+        f"{ZIPF}, bags of one row, {runs.skewed.samples} samples a rank: moving less (medians)",
         ["<system", "ms", "speed", "MB moved", "rows fetched", "kept here", "cached", "repeated"],
         notes=["Of the rows that ranks wanted of rank 0; moved: requests and responses, preparation included.",
                "Hot rows: the 4000 of each table that were most frequent in ten other batches."],
