@@ -73,9 +73,10 @@ def findings(ranks: Sequence[Facts | None]) -> list[Finding]:
     return sorted(found, key=lambda each: each.verdict != "error")
 
 
-def status(found: Sequence[Finding]) -> int:
-    """The exit status: 0 all is well, 1 an exchange fails or is wrong, 3 it works, but something is slow or odd."""
-    return 1 if any(each.verdict == "error" for each in found) else 3 if found else 0
+def status(found: Sequence[Finding], strict: bool = False) -> int:
+    """The exit status: 1 an exchange fails or is wrong; 3 it works, but something is slow or odd, if `strict`; else
+    0."""
+    return 1 if any(each.verdict == "error" for each in found) else 3 if found and strict else 0
 
 
 # --- errors

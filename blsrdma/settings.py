@@ -33,7 +33,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
 # Variables with our prefix that are not settings of the exchange: read by dlrm, by the tests and by ci/setup.
-OTHER_VARIABLES = frozenset({"BLSRDMA_DEBUG", "BLSRDMA_TEST_DATA", "BLSRDMA_TEST_SECONDS", "BLSRDMA_EXTRAS"})
+OTHER_VARIABLES = frozenset(
+    {"BLSRDMA_DEBUG", "BLSRDMA_TEST_DATA", "BLSRDMA_TEST_SECONDS", "BLSRDMA_EXTRAS", "BLSRDMA_SOFTROCE"}
+)
 
 
 def parse_size(text: str) -> int:

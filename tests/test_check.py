@@ -103,8 +103,7 @@ def test_the_command(tmp_path) -> None:
     files = ["--json", str(tmp_path / "check.json"), "--plot", str(tmp_path / "check.png")]
     done = check("--ranks", "3", "--message", "64K", *files)
     values = json.loads((tmp_path / "check.json").read_text())
-    assert done.returncode == values["status"], done
-    assert values["status"] in (0, 3), done  # slow on a busy machine is no error
+    assert done.returncode == values["status"] == 0, done  # slow on a busy machine is no error
     assert "within hosts: 3 pairs by direct stores" in done.stdout
     assert "order: 1200 messages looked at the moment they were announced, none of them incomplete" in done.stdout
     assert "bandwidth, GB/s" in done.stdout
