@@ -19,6 +19,7 @@ import logging
 import os
 import secrets
 import weakref
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -142,6 +143,9 @@ class Exchange(native.Front):
             name, rank, world_size, self.lag, self.geometry.windows, format_size(self.window_bytes),
             self.geometry.sources, format_size(self.memory_bytes), version,
         )  # fmt: skip
+        if log.isEnabledFor(logging.INFO):
+            with suppress(PeerFailed):  # somebody has left already: the next call says so
+                log.info("exchange %r: rank %d reaches %s", name, rank, self._topology())
 
     # --- what it is
 
@@ -240,6 +244,15 @@ class Exchange(native.Front):
         return f"<Exchange {self.name!r}: rank {self.rank} of {self.world_size}, {state}>"
 
     # --- inside
+
+    def _topology(self) -> str:
+        """How many peers are reached in which way, such as '1 by direct stores, 2 by puts (tcp/eth0)'."""
+        ways: dict[str, int] = {}
+        for peer in self.stats()["peers"]:
+            if peer["path"] != "self":
+                way = "direct stores" if peer["path"] == "direct" else f"puts ({peer['transport']})"
+                ways[way] = ways.get(way, 0) + 1
+        return ", ".join(f"{count} by {way}" for way, count in ways.items()) or "nobody: it is alone"
 
     def _refuse_over_limit(self) -> None:
         limit = self.settings.memory_limit

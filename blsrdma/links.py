@@ -109,7 +109,7 @@ def _failures(there: Sequence[Facts]) -> Iterator[Finding]:
 def _nodes(there: Sequence[Facts]) -> Iterator[Finding]:
     yield from _odd(there, "UCX", [each.ucx for each in there])
     yield from _odd(there, "memlock", [_locked(each.locked) for each in there])
-    for name in sorted({name for each in there for name in each.environment}):
+    for name in sorted({name for each in there for name in each.environment} - {"UCX_NET_DEVICES"}):  # a NIC each
         yield from _odd(there, name, [each.environment.get(name, "not set") for each in there])
     by_place: dict[str, list[Facts]] = {}
     for each in there:

@@ -97,6 +97,8 @@ def _memory(rank, world, store):
     with Exchange(store, rank, world, lag=3, window_bytes=1000) as exchange:
         expected = 2 * 64 + world * 512 + (world - 1) * 8 * (64 + 1024) + world * (1024 + 8 * (64 + 512))
         assert exchange.memory_bytes == expected == exchange.stats()["memory_bytes"] == exchange._arena.size
+    reached = "exchange 'exchange': rank {rank} reaches 2 by direct stores"
+    assert reached.format(rank=rank) in records, records
     said = f"lag 3, 8 windows of 1000 B from each of 2 sources: {format_size(expected)} registered"
     assert any(said in text for text in records), records
 
