@@ -593,7 +593,8 @@ void bind_front(nb::module_& m) {
       .def("release", &release,
            "Give the windows back; the views die here. May come before wait(): then the messages are not wanted.")
       .def("__enter__", [](nb::handle_t<Handle> self) { return wait(self, nb::none(), nb::none(), nb::none()); })
-      .def("__exit__", [](nb::handle_t<Handle> self, nb::args) { release(self); })
+      .def("__exit__", [](nb::handle_t<Handle> self, nb::handle, nb::handle, nb::handle) { release(self); },
+           "kind"_a.none(), "error"_a.none(), "trace"_a.none())
       // For blsrdma/handle.py.
       .def_prop_ro("_exchange", [](const Handle& handle) { return handle.exchange; })
       .def_prop_ro("_send", [](const Handle& handle) { return handle.send; })
