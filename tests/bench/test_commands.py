@@ -49,7 +49,6 @@ def test_alltoallv_of_bls_and_gloo(tmp_path: Path) -> None:
         path,
         "bls",
         "bls-copy",
-        "bls-out",
         "bls-torch",
         "bls-torch-nb",
         "gloo",
