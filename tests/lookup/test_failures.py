@@ -251,6 +251,7 @@ def garbage_in_requests(rank: int, world: int, store: Any, what: str) -> str:
     if rank == 2:
         while not store.check(["told"]):
             assert (lookup.ask([bags(1, 1, 2)]).wait()[0] == 4.0).all()
+    meet(store, "over", world)  # who closes early leaves those who still ask
     lookup.close()
     return said
 
