@@ -7,7 +7,6 @@ complete iteration i - lag - 1, sleep the injected delay, begin iteration i. Val
 from __future__ import annotations
 
 import os
-import re
 import signal
 import time
 from abc import ABC, abstractmethod
@@ -281,19 +280,6 @@ def timed(
     return {"ns": clock() - started, "latency": latency, "slept": slept, "iterations": done}
 
 
-def delayed(text: str, seed: int) -> Callable[[int, int, int], float]:
-    """A plan of dlrm.delays; or `one:p=0.02,time=50ms`: the last rank sleeps so long at random, and nobody else."""
-    found = re.fullmatch(r"one:p=([0-9.]+),time=([0-9.]+)ms", text)
-    if found is None:
-        return delays.parse(text, seed).seconds
-    p, seconds = float(found[1]), float(found[2]) / 1e3
-
-    def one(rank: int, iteration: int, ranks: int) -> float:
-        return seconds if rank == ranks - 1 and np.random.default_rng([seed, iteration]).random() < p else 0.0
-
-    return one
-
-
 def meet(runtime: Ours, what: str) -> None:
     """All ranks, at about the same time."""
     runtime.store.add(what, 1)
@@ -316,13 +302,13 @@ def measure(
 ) -> dict[str, Any]:
     """One system in one case; collective."""
     job = Work(**work)
-    plan = delayed(delay, seed)
+    plan = delays.parse(delay, seed)
     loop = opened(runtime, system, job, lag, name, settings)
     checked = check(loop) if verify else 0
     meet(runtime, name + "/warm")
     timed(loop, max(20, iterations // 10), lambda _: 0.0)
     meet(runtime, name + "/timed")
-    found = timed(loop, iterations, lambda i: plan(runtime.rank, i, runtime.ranks))
+    found = timed(loop, iterations, lambda i: plan.seconds(runtime.rank, i, runtime.ranks))
     meet(runtime, name + "/done")
     return found | {"checked": checked} | loop.close()
 

@@ -240,9 +240,11 @@ def _run_flags(add: Callable[..., Any]) -> None:
         default="none",
         metavar="PLAN",
         help="injected stalls: exp:p=0.1,mean=2ms (each rank, in each iteration, with probability p, for an "
-        "exponential time) or rotate:every=10,time=10ms (a straggler going round)",
+        "exponential time), lognormal:p=0.1,median=1ms,sigma=1, rotate:every=10,time=10ms (a straggler going round), "
+        "slow:time=1ms (the last rank, always), one:p=0.02,time=50ms (the last rank, at random), "
+        "pause:every=200,time=20ms (each rank once in 200 iterations)",
     )
-    add("--delay-seed", type=at_least(0), default=0, metavar="SEED", help="seed of --delay exp (0)")
+    add("--delay-seed", type=at_least(0), default=0, metavar="SEED", help="seed of --delay (0)")
     add(
         "--timeout",
         type=positive,

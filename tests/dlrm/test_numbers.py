@@ -47,6 +47,42 @@ def test_the_rotating_straggler_visits_each_rank() -> None:
     assert plan.seconds(0, 2, 3) == 0.01
 
 
+def test_the_last_rank_is_slow_always_or_at_random() -> None:
+    always = delays.parse("slow:time=1ms", 0).table(3, 5)
+    assert always.tolist() == [[0.0] * 5, [0.0] * 5, [0.001] * 5]
+    times = delays.parse("one:p=0.25,time=1ms", 3).table(3, 4000)
+    assert not times[:2].any()
+    assert (times[2] > 0).mean() == pytest.approx(0.25, abs=0.03)
+
+
+def test_log_normal_delays_have_their_median_and_spread() -> None:
+    times = delays.parse("lognormal:p=0.5,median=2ms,sigma=0.7", 1).table(4, 4000)
+    stalls = np.log(times[times > 0])
+    assert (times > 0).mean() == pytest.approx(0.5, abs=0.03)
+    assert np.median(stalls) == pytest.approx(np.log(2e-3), abs=0.05)
+    assert stalls.std() == pytest.approx(0.7, rel=0.05)
+
+
+def test_each_rank_pauses_once_in_each_period() -> None:
+    times = delays.parse("pause:every=20,time=5ms", 1).table(3, 2000).reshape(3, 100, 20)
+    assert set(times.ravel()) == {0.0, 5e-3}
+    assert ((times > 0).sum(axis=2) == 1).all()
+    assert (times[0] != times[1]).any()
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["none", "exp:p=0.3,mean=2ms", "lognormal:p=0.5,median=1ms,sigma=1", "rotate:every=3,time=1ms", "slow:time=2ms",
+     "one:p=0.5,time=3ms", "pause:every=7,time=1ms"],
+)  # fmt: skip
+def test_a_row_from_anywhere_is_what_each_iteration_says(text: str) -> None:
+    plan = delays.parse(text, 5)
+    times = plan.table(3, 40)
+    assert times.tolist() == [[plan.seconds(rank, i, 3) for i in range(40)] for rank in range(3)]
+    assert plan.row(2, 11, 9, 3).tolist() == times[2, 11:20].tolist()
+    assert plan.row(2, 11, 0, 3).shape == (0,)
+
+
 def test_no_delay() -> None:
     assert delays.parse("none", 0).seconds(0, 0, 1) == 0
 
@@ -62,6 +98,10 @@ def test_no_delay() -> None:
         ("rotate:every=0,time=1ms", ">= 1"),
         ("rotate:every=inf,time=1ms", ">= 1"),
         ("rotate:every=2,time=-1ms", "not a time"),
+        ("lognormal:p=1,median=1ms,sigma=nan", "between 0 and 10"),
+        ("slow:every=2,time=1ms", "not understood"),
+        ("one:p=-1,time=1ms", "between 0 and 1"),
+        ("pause:every=1.5,time=1ms", ">= 1"),
     ],
 )
 def test_bad_plans_are_refused(text: str, says: str) -> None:
