@@ -8,6 +8,7 @@ team        the controller's side: starts the ranks of one library, sends comman
 launchers   how each library's ranks are started, with which interpreter and settings
 harness     the order of measurements: interleaved repetitions, correctness before time
 simulate    what the max-plus model says of many lags and up to thousands of ranks
+advise      which lag a user's job should take, by the model, from its timings, which `timings` reads
 summary     from raw samples to medians, spreads and ratios
 results     what a run leaves, as JSON; report: its tables; plot: its picture; publish: where tables go
 environment the machine, versions and load that numbers belong to

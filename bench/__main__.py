@@ -7,7 +7,7 @@ import signal
 import sys
 from pathlib import Path
 
-from bench import alltoallv, inference, lookups, peers, quiet, report, scale, stress
+from bench import advise, alltoallv, inference, lookups, peers, quiet, report, scale, stress
 from bench.limits import command as limits
 from bench.publish import add_options, publish
 from bench.results import Results
@@ -24,6 +24,7 @@ start here:
   python -m bench limits                 what this machine could do at best
   python -m bench lookups --quick        lookups with a collective and without
   python -m bench stress --quick         random everything, verified
+  python -m bench advise --help          which lag a job of yours should take
 Each command explains itself: python -m bench alltoallv --help
 """
 
@@ -34,6 +35,7 @@ def main() -> int:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     alltoallv.add(commands)
+    advise.add(commands)
     inference.add(commands)
     lookups.add(commands)
     quiet.add(commands)

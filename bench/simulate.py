@@ -16,33 +16,49 @@ from numpy.typing import ArrayLike, NDArray
 LAGS = (0, 1, 2, 4, 8, 16, inf)
 
 
-def ends(work: ArrayLike, lags: Sequence[float] = LAGS, cost: float = 0.0) -> NDArray[np.float64]:
+def ends(
+    work: ArrayLike, lags: Sequence[float] = LAGS, cost: float = 0.0, delivery: float = 0.0
+) -> NDArray[np.float64]:
     """When each rank ends its last iteration, in seconds: shape (lags, ..., ranks).
 
     work: (..., ranks, iterations), seconds outside the exchange; leading axes are independent runs. lags: integers
-    >= 0 or infinity. cost: of the exchange itself per iteration. The last column of blsrdma.lag.max_plus, bit by bit.
+    >= 0 or infinity. cost: of the exchange itself per iteration, which keeps a rank busy. delivery: how much later the
+    others know that a rank has ended an iteration, which keeps nobody busy, so that a lag hides it.
+    Without delivery, the last column of blsrdma.lag.max_plus, bit by bit.
     """
     spent = np.moveaxis(np.asarray(work, dtype=np.float64), -1, 0) + cost  # one block of memory for each iteration
     if spent.ndim < 2 or spent.shape[-1] < 1:
         raise ValueError(f"work must have the shape (..., ranks, iterations), not {np.shape(work)}")
     if bad := [lag for lag in lags if not lag >= 0 or (lag != inf and lag != int(lag))]:
         raise ValueError(f"a lag must be an integer >= 0 or infinity, not {bad[0]}")
-    iterations, runs = len(spent), spent.shape[1:-1]
-    own = np.zeros((len(lags), *spent.shape[1:]))
-    complete = np.zeros((iterations, len(lags), *runs, 1))  # when the slowest rank ended an iteration, by lag and run
+    iterations, shape = len(spent), (len(lags), *spent.shape[1:])
+    own = np.zeros(shape)
+    # By iteration, lag and run: when the slowest rank ended it, who that was, and when the slowest but one did.
+    slowest, second = np.zeros((2, iterations, *shape[:-1], 1))
+    who = np.zeros((iterations, *shape[:-1], 1), np.intp)
     for i in range(iterations):
         for which, lag in enumerate(lags):
             if i > lag:
-                np.maximum(own[which], complete[i - int(lag) - 1, which], out=own[which])
+                place = i - int(lag) - 1, which
+                np.maximum(own[which], slowest[place], out=own[which])
+                if delivery > 0:
+                    others = np.broadcast_to(slowest[place], shape[1:]).copy()
+                    np.put_along_axis(others, who[place], second[place], axis=-1)
+                    np.maximum(own[which], others + delivery, out=own[which])
         own += spent[i]
-        own.max(axis=-1, keepdims=True, out=complete[i])
+        own.max(axis=-1, keepdims=True, out=slowest[i])
+        if delivery > 0:
+            who[i] = own.argmax(axis=-1, keepdims=True)
+            second[i] = np.partition(own, -2, axis=-1)[..., -2:-1] if shape[-1] > 1 else -inf
     return own
 
 
-def per_iteration(work: ArrayLike, lags: Sequence[float] = LAGS, cost: float = 0.0) -> NDArray[np.float64]:
+def per_iteration(
+    work: ArrayLike, lags: Sequence[float] = LAGS, cost: float = 0.0, delivery: float = 0.0
+) -> NDArray[np.float64]:
     """Seconds per iteration until the slowest rank has ended: shape (lags, ...). See `ends`."""
     iterations = np.shape(work)[-1] if np.ndim(work) else 0
     if iterations < 1:
         raise ValueError(f"work has no iterations: its shape is {np.shape(work)}")
-    slowest: NDArray[np.float64] = ends(work, lags, cost).max(axis=-1)
-    return slowest / iterations
+    last: NDArray[np.float64] = ends(work, lags, cost, delivery).max(axis=-1)
+    return last / iterations

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from bench.simulate import LAGS, ends, per_iteration
 from blsrdma.lag import max_plus
@@ -34,6 +35,31 @@ def test_two_ranks_by_hand() -> None:
     # 23. lag 2: rank 1 has ended 2 at 13; it begins 3 then, after rank 0 has ended 0 at 11, and ends it at 14.
     assert (per_iteration(work, [0, 1, 2, inf]) * 4).tolist() == [24, 23, 14, 14]
     assert (per_iteration(work, [0, 1, 2, inf], cost=0.5) * 4).tolist() == [26, 24.5, 16, 16]
+
+
+def by_definition(work: NDArray[np.float64], lag: int, delivery: float) -> list[float]:
+    ranks, iterations = work.shape
+    finish = np.zeros((ranks, iterations))
+    for i in range(iterations):
+        for r in range(ranks):
+            start = finish[r, i - 1] if i else 0.0
+            for q in range(ranks if i > lag else 0):
+                start = max(start, finish[q, i - lag - 1] + (delivery if q != r else 0.0))
+            finish[r, i] = start + work[r, i]
+    found: list[float] = finish[:, -1].tolist()
+    return found
+
+
+@given(
+    st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(1, 12)), st.integers(0, 2**32), st.integers(0, 14),
+    st.floats(0.01, 3),
+)  # fmt: skip
+def test_a_delivery_holds_the_others_up(shape: tuple[int, int, int], seed: int, lag: int, delivery: float) -> None:
+    work = np.random.default_rng(seed).exponential(1.0, shape)
+    found = ends(work, [lag, inf], delivery=delivery)
+    for run, times in enumerate(work):
+        np.testing.assert_allclose(found[0, run], by_definition(times, lag, delivery), rtol=1e-12)
+        np.testing.assert_allclose(found[1, run], times.sum(axis=1), rtol=1e-12)
 
 
 def test_a_straggler_going_round_is_hidden_when_the_lag_reaches_its_next_turn() -> None:
