@@ -13,6 +13,7 @@ summary     from raw samples to medians, spreads and ratios
 results     what a run leaves, as JSON; report: its tables; plot: its picture; publish: where tables go
 environment the machine, versions and load that numbers belong to
 limits/     what the machine could do at best; stress (stress_rank in the ranks): random and verified; scale: many ranks
+delays      every system while ranks are delayed, next to the model: delay_report its tables, delay_plot its picture
 inference   a whole DLRM over ranks (inference_rank in the ranks), next to plain_dlrm, as anybody would write it;
             quiet: latencies while one rank has no arrivals
 """

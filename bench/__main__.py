@@ -7,7 +7,7 @@ import signal
 import sys
 from pathlib import Path
 
-from bench import advise, alltoallv, inference, lookups, peers, quiet, report, scale, stress
+from bench import advise, alltoallv, delays, inference, lookups, peers, quiet, report, scale, stress
 from bench.limits import command as limits
 from bench.publish import add_options, publish
 from bench.results import Results
@@ -21,6 +21,7 @@ EXAMPLES = """\
 start here:
   python -m bench peers                  set up MPICH and Open MPI, once (in .venv-mpich and .venv-openmpi)
   python -m bench alltoallv --quick      every system, half a minute
+  python -m bench delays --quick         the same while ranks are delayed, next to the model, minutes
   python -m bench limits                 what this machine could do at best
   python -m bench lookups --quick        lookups with a collective and without
   python -m bench stress --quick         random everything, verified
@@ -36,6 +37,7 @@ def main() -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     alltoallv.add(commands)
     advise.add(commands)
+    delays.add(commands)
     inference.add(commands)
     lookups.add(commands)
     quiet.add(commands)

@@ -10,7 +10,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from bench import environment, report, systems
-from bench.cases import Case, zipf_mean
+from bench.cases import Case, size_option
 from bench.harness import Effort, Harness
 from bench.launchers import TRANSPORTS, Interpreters
 from bench.publish import add_options, publish
@@ -45,7 +45,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     )  # fmt: skip
     parser.set_defaults(run=run)
     parser.add_argument("--ranks", type=int, nargs="+", help="numbers of ranks (2 4 8)")
-    parser.add_argument("--bytes", type=_bytes, nargs="+",
+    parser.add_argument("--bytes", type=size_option, nargs="+",
                         help="to each peer; zipf or zipf:MEAN for irregular ones (1K 16K 256K 1M zipf)")  # fmt: skip
     parser.add_argument("--lags", type=int, nargs="+", help="(0 4)")
     parser.add_argument("--self", dest="self_message", choices=["view", "copy"], nargs="+", default=["view"],
@@ -84,7 +84,7 @@ def run(options: argparse.Namespace) -> int:
         for size in options.bytes for lag in options.lags
     ]  # fmt: skip
     what = {"systems": options.systems, "transport": options.transport} | asdict(effort)
-    results = _begin(options, what)
+    results = begin(options, what)
     for warning in environment.disturbed(results.environment["busy_before"]):
         print(warning, file=sys.stderr)
     done = set(results.cases())
@@ -112,7 +112,8 @@ def run(options: argparse.Namespace) -> int:
     return int(any("failed at" in reason for reason in results.skipped.values()) or not results.measurements)
 
 
-def _begin(options: argparse.Namespace, what: dict[str, object]) -> Results:
+def begin(options: argparse.Namespace, what: dict[str, object]) -> Results:
+    """New results, or with --resume those that --json has of the same options and commit."""
     command = "python -m bench " + " ".join(sys.argv[1:])
     if options.resume and options.json and options.json.exists():
         earlier = Results.load(options.json)
@@ -121,11 +122,3 @@ def _begin(options: argparse.Namespace, what: dict[str, object]) -> Results:
             return earlier
         print(f"{options.json} is of other options or another commit: begun anew", file=sys.stderr)
     return Results(command, what, environment.describe())
-
-
-def _bytes(text: str) -> str:
-    try:
-        zipf_mean(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is {error}, and not zipf or zipf:MEAN") from None
-    return text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 from dataclasses import dataclass
 
@@ -32,10 +33,11 @@ class Case:
     lag: int
     self_message: str = "view"
     read: bool = False  # every rank reads every byte it got, inside the timed part
+    delay: str = "none"  # a plan of dlrm.delays
 
     @property
     def label(self) -> str:
-        return f"{self.ranks} ranks, {bytes_label(self.bytes)}, lag {self.lag}, self {self.self_message}"
+        return f"{self.ranks} ranks, {bytes_label(self.bytes)}, lag {self.lag}, self {self.self_message}, {self.delay}"
 
 
 def sizes(case: Case) -> Sizes:
@@ -60,6 +62,15 @@ def bytes_label(text: str) -> str:
     mean = zipf_mean(text)
     size = format_size(parse_size(text) if mean is None else mean).replace(".0 ", " ")
     return size if mean is None else f"zipf, mean {size}"
+
+
+def size_option(text: str) -> str:
+    """For argparse: sizes as they are written on the command line."""
+    try:
+        zipf_mean(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is {error}, and not zipf or zipf:MEAN") from None
+    return text
 
 
 def average_bytes(case: Case) -> float:

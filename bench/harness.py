@@ -20,6 +20,7 @@ from bench.results import Measurement, Results
 from bench.summary import chunk_times
 from bench.systems import SYSTEMS
 from bench.team import Team, TeamFailed
+from dlrm import delays
 
 CHUNKS = 100  # of a timed block, each one sample: short ones, so that what interrupts the block spoils few of them
 MIN_CHUNKS = 2
@@ -32,6 +33,7 @@ class Effort:
 
     repeat: int = 5
     seconds: float = 0.25  # of one block of one system
+    iterations: int = 500  # of one block with delays
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,7 @@ class Harness:
                 system = order[(k + repetition) % len(order)]
                 if SYSTEMS[system].runtime in self._teams:
                     with self._guarded(case, system):
-                        self._time(running[system])
+                        (self._time if case.delay == "none" else self._time_delayed)(running[system])
                 self.step()
         for system, run in running.items():
             if SYSTEMS[system].runtime in self._teams:
@@ -143,6 +145,11 @@ class Harness:
         team.call("open", name=job, system=system, lag=case.lag, copy_self=copy_self, sizes=table.tolist())
         depth = case.lag + 1
         checked = team.call("verify", name=job, turns=max(len(table), 2 * depth) + 1)
+        checked_bytes = sum(reply["checked_bytes"] for reply in checked)
+        if case.delay != "none":
+            return _Running(
+                team, job, Measurement(case, system, self.effort.iterations, checked_bytes=checked_bytes), 1
+            )
         turns, per_turn = 2 * depth, 0.0
         for _ in range(3):  # until a chunk is long enough to tell
             replies = team.call("time", name=job, warm=depth, chunks=3, turns=turns, read=case.read)
@@ -153,7 +160,7 @@ class Harness:
         block = self.effort.seconds * 1e9
         turns = max(ROUNDS * depth, int(block / CHUNKS / per_turn))
         chunks = min(CHUNKS, max(MIN_CHUNKS, int(block / (turns * per_turn))))
-        result = Measurement(case, system, turns, checked_bytes=sum(reply["checked_bytes"] for reply in checked))
+        result = Measurement(case, system, turns, checked_bytes=checked_bytes)
         return _Running(team, job, result, chunks)
 
     def _time(self, run: _Running) -> None:
@@ -165,6 +172,20 @@ class Harness:
         run.result.samples.append(chunk_times([reply["stamps"] for reply in replies], turns))
         cpu_seconds = sum(reply["cpu_seconds"] for reply in replies)
         run.result.cpu_ns.append(cpu_seconds * 1e9 / (warm + run.chunks * turns))
+        run.result.others.append(max(0.0, (busy - cpu_seconds) / wall))
+
+    def _time_delayed(self, run: _Running) -> None:
+        case, turns, repetition = run.result.case, run.result.turns, len(run.result.samples)
+        stalls = delays.parse(case.delay, repetition).table(case.ranks, turns)  # the same for every system
+        began, busy = time.monotonic(), busy_seconds()
+        warm = 2 * (case.lag + 1)
+        replies = run.team.call("delayed", name=run.job, warm=warm, stalls=stalls.tolist())
+        busy, wall = busy_seconds() - busy, time.monotonic() - began
+        took = max(reply["done"] for reply in replies) - min(reply["begun"] for reply in replies)
+        run.result.samples.append([took / turns])
+        run.result.stalls.append([reply["slept"] for reply in replies])
+        cpu_seconds = sum(reply["cpu_seconds"] for reply in replies)
+        run.result.cpu_ns.append(cpu_seconds * 1e9 / (warm + turns))
         run.result.others.append(max(0.0, (busy - cpu_seconds) / wall))
 
     def _end(self, run: _Running) -> None:

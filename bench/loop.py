@@ -1,4 +1,4 @@
-"""The two loops that every system runs: one that takes time, one that checks values."""
+"""The loops that every system runs: those that take time, without and with delays, and one that checks values."""
 
 from __future__ import annotations
 
@@ -39,6 +39,40 @@ def timed(system: System, warm: int, chunks: int, turns: int, read: bool = False
     system.next = i
     system.consume = None
     return stamps
+
+
+def delayed(system: System, warm: int, stalls: Sequence[float]) -> tuple[int, int, list[list[int]]]:
+    """A turn for each of `stalls`, which are seconds of sleep after i - lag - 1 is complete and before i starts, until
+    all is complete. Returns the clock at the beginning and the end, and [turn, ns really slept] of each sleep."""
+    first = system.next + warm
+    slept: list[list[int]] = []
+    now, sleep = time.monotonic_ns, time.sleep
+
+    def stall(i: int, _: Bytes) -> None:
+        seconds = stalls[i - first]
+        if seconds > 0:
+            before = now()
+            sleep(seconds)
+            slept.append([i - first, now() - before])
+
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        for i in range(system.next, first):
+            system.turn(i)
+        system.finish(first)  # everyone has been here: the ranks begin at about the same time
+        system.produce = stall
+        begun = now()
+        for i in range(first, first + len(stalls)):
+            system.turn(i)
+        system.finish(first + len(stalls))
+        ended = now()
+    finally:
+        system.produce = None
+        if collecting:
+            gc.enable()
+    system.next = first + len(stalls)
+    return begun, ended, slept
 
 
 def verified(system: System, pool: Pool, turns: int) -> int:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 # One colour for each runtime; dashed where several are in flight or the messages are copied out.
-_COLOURS = {"bls": "#d1495b", "gloo": "#8d99ae", "mpich": "#2e86ab", "openmpi": "#3a7d44", "openmpi-ucx": "#b08900"}
+COLOURS = {"bls": "#d1495b", "gloo": "#8d99ae", "mpich": "#2e86ab", "openmpi": "#3a7d44", "openmpi-ucx": "#b08900"}
 
 
 def draw(results: Results, path: Path) -> None:
@@ -72,7 +72,7 @@ def _panel(axes: Axes, results: Results, cases: list[Case]) -> None:
                 xs, ys = [x + offset for x, _ in here], [s.median / 1000 for _, s in here]
                 errors = [[(s.median - s.q1) / 1000 for _, s in here], [(s.q3 - s.median) / 1000 for _, s in here]]
                 axes.errorbar(
-                    xs, ys, yerr=errors, label=label, color=_COLOURS.get(kind.runtime, "#6a4c93"), marker="o",
+                    xs, ys, yerr=errors, label=label, color=COLOURS.get(kind.runtime, "#6a4c93"), marker="o",
                     markersize=4, linestyle=line, linewidth=1.8 if kind.ours else 1.1, capsize=2,
                 )  # fmt: skip
     axes.set_yscale("log")

@@ -52,6 +52,14 @@ class Rank:
         cpu = ended.ru_utime + ended.ru_stime - began.ru_utime - began.ru_stime
         return {"stamps": stamps, "cpu_seconds": cpu}
 
+    def delayed(self, name: str, warm: int, stalls: list[list[float]]) -> Message:
+        """stalls: by rank and iteration, seconds."""
+        began = resource.getrusage(resource.RUSAGE_SELF)
+        begun, done, slept = loop.delayed(self.open_systems[name], warm, stalls[self.runtime.rank])
+        ended = resource.getrusage(resource.RUSAGE_SELF)
+        cpu = ended.ru_utime + ended.ru_stime - began.ru_utime - began.ru_stime
+        return {"begun": begun, "done": done, "slept": slept, "cpu_seconds": cpu}
+
     def shut(self, name: str) -> Message:
         system = self.open_systems.pop(name)
         facts = system.facts()

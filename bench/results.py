@@ -8,6 +8,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from bench.cases import Case
 from bench.summary import Summary, flat, summarise
 
@@ -24,10 +27,19 @@ class Measurement:
     cpu_ns: list[float] = field(default_factory=list)  # by repetition: processor time of all ranks for an iteration
     others: list[float] = field(default_factory=list)  # by repetition: cores that other processes kept busy
     facts: list[dict[str, Any]] = field(default_factory=list)  # by rank
+    stalls: list[list[list[list[int]]]] = field(default_factory=list)  # by repetition and rank: iteration, ns slept
 
     @property
     def summary(self) -> Summary:
         return summarise(flat(self.samples))
+
+    def slept(self, repetition: int) -> NDArray[np.float64]:
+        """Nanoseconds that delays really took in a delayed repetition: (ranks, iterations)."""
+        found = np.zeros((self.case.ranks, self.turns))
+        for rank, pairs in enumerate(self.stalls[repetition]):
+            for iteration, nanoseconds in pairs:
+                found[rank, iteration] = nanoseconds
+        return found
 
 
 @dataclass

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from bench.delay_report import over_model
 from bench.launchers import Interpreters, Unavailable
 from bench.limits import perftest
 from bench.results import Results
@@ -145,3 +146,28 @@ def test_help_teaches() -> None:
     refused = bench("alltoallv", "--bytes", "much")
     assert refused.returncode == 2
     assert "'much'" in refused.stderr
+
+
+def test_delays(tmp_path: Path) -> None:
+    path = tmp_path / "d.json"
+    arguments = "--ranks 2 --bytes 1K --lags 0 2 --delay slow:time=2ms rotate:every=3,time=5ms --systems bls".split()
+    effort = "--repeat 2 --iterations 20 --seconds 0.01".split()
+    done = bench("delays", *arguments, *effort, "--json", str(path), "--plot", str(tmp_path / "d.png"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = Results.load(path)
+    assert [(case.delay, case.lag) for case in results.cases()] == [
+        (plan, lag) for plan in ("none", "slow:time=2ms", "rotate:every=3,time=5ms") for lag in (0, 2)
+    ]
+    for m in results.measurements:
+        assert len(m.samples) == 2
+        assert m.checked_bytes > 0
+    slow = results.of(results.cases()[2])["bls"]
+    slept = slow.slept(1)
+    assert slept.shape == (2, 20)
+    assert (slept[0] == 0).all()
+    assert slept[1].min() >= 2e6  # really slept
+    for m in results.measurements[2:]:  # no rank can be through before its own sleeps are
+        assert all(s[0] * 20 >= m.slept(k).sum(axis=1).max() for k, s in enumerate(m.samples))
+        assert over_model(m, 0.0) >= 1  # nor before the model that costs nothing
+    assert "2 ranks, 1 KiB to each peer: ms per iteration" in done.stdout
+    assert (tmp_path / "d.png").exists()
