@@ -41,7 +41,9 @@ def modelled(m: Measurement, lag: float, cost: float) -> list[float]:
 
 
 def over_model(m: Measurement, cost: float) -> float:
-    """Measured / model at the lag that the system has: the median over repetitions."""
+    """Measured / model at the lag that the system has: the median over repetitions, or chunks, as c is."""
+    if not m.stalls:
+        return m.summary.median / cost
     pairs = zip(m.samples, modelled(m, lag_of(m), cost), strict=True)
     return median(median(sample) / model for sample, model in pairs)
 

@@ -168,6 +168,6 @@ def test_delays(tmp_path: Path) -> None:
     assert slept[1].min() >= 2e6  # really slept
     for m in results.measurements[2:]:  # no rank can be through before its own sleeps are
         assert all(s[0] * 20 >= m.slept(k).sum(axis=1).max() for k, s in enumerate(m.samples))
-        assert over_model(m, 0.0) >= 1  # nor before the model that costs nothing
+        assert over_model(m, cost=0.0) >= 1  # nor before the model that costs nothing
     assert "2 ranks, 1 KiB to each peer: ms per iteration" in done.stdout
     assert (tmp_path / "d.png").exists()

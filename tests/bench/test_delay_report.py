@@ -41,6 +41,7 @@ def test_measured_over_the_model() -> None:
 
 def test_the_tables() -> None:
     models, peers = tables(RESULTS)
+    assert models.rows[0] == ["none", "0", "1.000", "1.000", "1.500 (1.50)", "3.000 (3.0)", "–"]
     assert models.rows[-1] == ["d", "2", "3.500", "3.500", "7.000 (2.0)", "12.000 (2.0)", "5.250 (1.50)"]
     assert models.rows[-2][:4] == ["d", "0", "6.000", "3.500"]
     assert peers.rows[-1] == ["d", "2", "1.71 gloo", "1.71", "0.75 gloo-nb"]
