@@ -14,7 +14,7 @@ import torch
 from torch.distributed import TCPStore
 
 import blsrdma
-from bench.systems.base import Job, Runtime, System
+from bench.systems.base import Job, Runtime, System, pieces
 from blsrdma import Exchange
 
 if TYPE_CHECKING:
@@ -112,12 +112,13 @@ class CopyOut(Views):
         self._expected = [np.array(counts, np.int64) for counts in self.job.received()]
         out = np.zeros(max(map(sum, self.job.received())), np.uint8)
         self._outs = [out[: counts.sum()] for counts in self._expected]
+        self._messages = [pieces(out, counts) for counts in self.job.received()]
 
     def complete(self, handle: Handle) -> None:
         phase = handle.iteration % self.phases
-        received = handle.wait(out=self._outs[phase], counts=self._expected[phase])
+        handle.wait(out=self._outs[phase], counts=self._expected[phase])
         if self.consume is not None:
-            self.consume(handle.iteration, list(received))
+            self.consume(handle.iteration, self._messages[phase])
         handle.release()
 
 

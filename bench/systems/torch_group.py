@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import TCPStore
 
-from bench.systems.base import Job, Runtime, System
+from bench.systems.base import Bytes, Job, Runtime, System, pieces
 from blsrdma.backend import Options
 
 
@@ -60,6 +60,9 @@ class _AllToAll(System):
         outs = [_zeros(max(map(sum, self.received)), device) for _ in range(depth)]
         self.sends = [[buffer[: sum(counts)] for counts in self.sent] for buffer in sends]
         self.outs = [[buffer[: sum(counts)] for counts in self.received] for buffer in outs]
+        self.messages: list[list[list[Bytes]]] = []
+        if device.type == "cpu":
+            self.messages = [[pieces(buffer.numpy(), counts) for counts in self.received] for buffer in outs]
 
     def start(self, i: int, asynchronous: bool) -> dist.Work | None:
         slot, phase = i % self.depth, i % self.phases
@@ -78,11 +81,14 @@ class _AllToAll(System):
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         if self.consume is not None:
-            out = self.outs[i % self.depth][i % self.phases].cpu().numpy()
-            self.consume(i, np.split(out, np.cumsum(self.received[i % self.phases])[:-1]))
+            slot, phase = i % self.depth, i % self.phases
+            if self.device.type == "cuda":
+                self.consume(i, pieces(self.outs[slot][phase].cpu().numpy(), self.received[phase]))
+            else:
+                self.consume(i, self.messages[slot][phase])
 
     def close(self) -> None:
-        self.sends, self.outs = [], []
+        self.sends, self.outs, self.messages = [], [], []
         if self.group is not None:
             dist.destroy_process_group(self.group)
 
