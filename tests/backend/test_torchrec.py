@@ -75,4 +75,4 @@ def _forward(rank, world, kind):
 @pytest.mark.parametrize("world", [2, 4])
 @pytest.mark.parametrize("kind", ["table_wise", "row_wise"])
 def test_same_as_on_gloo(world, kind):
-    run_ranks(both, world, _forward, kind, timeout=280)
+    run_ranks(both, world, _forward, kind, timeout=150)

@@ -97,6 +97,8 @@ def test_against_an_independent_float64_computation(interaction: str, itself: bo
         found = [in_float64(weights, batch, sample, interaction, itself) for sample in range(64)]
         vectors, wanted, sizes = (np.array(column) for column in zip(*found, strict=True))
         errors = np.abs(logits.numpy() - wanted)
+        np.testing.assert_allclose(pooled.numpy(), vectors, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(logits.numpy(), wanted, rtol=1e-4, atol=1e-5)
         assert np.linalg.norm(pooled.numpy() - vectors) < 1e-5 * np.linalg.norm(vectors)
         assert np.linalg.norm(errors) < 1e-5 * np.linalg.norm(wanted)
         assert (errors < 1e-5 * sizes).all()
