@@ -78,7 +78,7 @@ class Trace:
         self._pack(self._ring, place, code, iteration, start, monotonic_ns())
 
     def call(self, kind: str, iteration: int, start: int, outcome: int) -> None:
-        """A call of the exchange's that began at `start` and ends now; native/front.cpp says so."""
+        """A call of the exchange's that began at `start` and ends now; native/calls.h says so."""
         if outcome:  # as in "wait: TIMEOUT"
             from blsrdma.ucx import native
 

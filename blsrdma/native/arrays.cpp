@@ -218,9 +218,9 @@ bool reusable(PyObject* made, const Buffer& like, const std::byte* data, std::in
 
 const std::int64_t* integers(PyObject* object, std::size_t count, std::int64_t* room) {
   if (PyList_CheckExact(object)) {
-    if (static_cast<std::size_t>(PyList_GET_SIZE(object)) != count) return nullptr;
+    if (static_cast<std::size_t>(PyList_Size(object)) != count) return nullptr;
     for (std::size_t i = 0; i < count; ++i) {
-      PyObject* each = PyList_GET_ITEM(object, i);
+      PyObject* each = PyList_GetItem(object, Py_ssize_t(i));
       if (!PyLong_CheckExact(each)) return nullptr;
       int overflow = 0;
       room[i] = PyLong_AsLongLongAndOverflow(each, &overflow);

@@ -1,12 +1,11 @@
-// The calls of the inference loop, from Python's arguments to the core and back without a Python frame between: post, wait,
-// the views, release. Whatever is not the usual case (errors, large messages, odd buffers) is decided in Python:
-// blsrdma/exchange.py and blsrdma/handle.py, which this calls by name.
+// The loop of blsrdma.Exchange: begin and post, and with them what they give (handle.cpp, received.cpp), without a Python frame
+// between the caller and the core.
 #pragma once
 
 #include <nanobind/nanobind.h>
 
 namespace blsrdma {
 
-void bind_front(nanobind::module_& m);
+void bind_front(nanobind::module_& m);  // Front, Handle and Received
 
 }  // namespace blsrdma
