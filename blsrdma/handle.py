@@ -1,7 +1,7 @@
 """One iteration between post() and release(): `Handle`, and `Received`, the messages it brings.
 
-Both are native (native/handle.cpp, received.cpp), for they are the inner loop. Here is what is not the usual case: large messages,
-memory of the caller's that does not fit, dtypes that only Python knows.
+Both are native (native/handle.cpp, received.cpp), for they are the inner loop. Here is what is not the usual case:
+large messages, memory of the caller's that does not fit, dtypes that only Python knows.
 """
 
 from __future__ import annotations

@@ -117,3 +117,12 @@ def test_sdist_and_wheel(tmp_path: Path) -> None:
         [sys.executable, "-c", code], cwd=tmp_path, env=environment, stdout=subprocess.PIPE, check=True
     )
     assert all(path.startswith(str(target)) for path in ran.stdout.decode().split())
+
+
+def test_the_core_keeps_to_the_stable_abi() -> None:
+    """From Python 3.12 on the core is built once for all versions. The macros that read an object's insides, as
+    PyList_GET_SIZE does, are not part of that: with Python 3.11's headers they compile all the same."""
+    inside = re.compile(r"\bPy(?:List|Tuple|Bytes|Unicode|Dict|Set|Float|Sequence_Fast)_[A-Z]{2,}\w*")
+    sources = [*(ROOT / "blsrdma" / "native").glob("*.cpp"), *(ROOT / "blsrdma" / "native").glob("*.h")]
+    assert len(sources) > 20
+    assert [(path.name, inside.findall(path.read_text())) for path in sources if inside.search(path.read_text())] == []

@@ -30,6 +30,7 @@
 #include "inbox.h"
 #include "layout.h"
 #include "liveness.h"
+#include "turn.h"
 #include "wait.h"
 
 namespace blsrdma {
@@ -147,19 +148,6 @@ class Exchange {
     // Of this rank's own large messages: to whom, and the registration of the buffer they are in.
     std::vector<std::uint32_t> large_to;
     ucp_mem_h registered = nullptr;
-  };
-  // Marks the exchange as in use by a thread for the span of a call.
-  class Turn {
-   public:
-    explicit Turn(std::atomic<bool>& busy) : busy_(busy), mine_(!busy.exchange(true, std::memory_order_acquire)) {}
-    ~Turn() {
-      if (mine_) busy_.store(false, std::memory_order_release);
-    }
-    explicit operator bool() const { return mine_; }
-
-   private:
-    std::atomic<bool>& busy_;
-    bool mine_;
   };
   Record& record(std::uint64_t iteration) { return *records_[iteration % records_.size()]; }
   const Record& record(std::uint64_t iteration) const { return *records_[iteration % records_.size()]; }

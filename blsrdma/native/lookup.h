@@ -30,6 +30,7 @@
 #include "query.h"
 #include "rows.h"
 #include "serve.h"
+#include "turn.h"
 #include "wait.h"
 
 namespace blsrdma {
@@ -180,8 +181,7 @@ class Lookup {
   void retire(PeerState& peer);
   void lose(std::uint32_t owner, Outcome outcome, const std::string& text);
   void find_failures();
-  template <typename Done>
-  Outcome until(Done&& done, std::uint64_t deadline_ns);
+  Outcome until(const std::function<bool()>& done, std::uint64_t deadline_ns);
   void broken(std::uint32_t peer, std::string why);
   bool has_left(std::uint32_t peer) const;
   void disconnect();
