@@ -108,7 +108,7 @@ def _meet(store: Any, world: int) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("family", nargs="?", choices=sorted(FAMILIES), default="all_to_all")
-    parser.add_argument("--families", action="store_true", help="all of them, beside gloo")
+    parser.add_argument("--families", action="store_true", help="all of them, beside gloo; 0: as many as on gloo")
     parser.add_argument("--backend", default="bls")
     parser.add_argument("--ranks", type=int, default=4)
     arguments = parser.parse_args()
@@ -125,7 +125,9 @@ def main() -> int:
             for name, outcome in outcomes.items():
                 if outcome.startswith("failed"):
                     print(f"    {name} {outcome}")
-                    bad += backend == arguments.backend
+                    # What gloo fails as well is no fault of ours, but for the family that is ours.
+                    excused = family != "all_to_all" and columns.get("gloo", {}).get(name, "ok") != "ok"
+                    bad += backend == arguments.backend and not excused
     return bad > 0
 
 
