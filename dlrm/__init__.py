@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from dlrm.data.batch import Batch
-    from dlrm.engine import Predictions
+    from dlrm.loop import Predictions
     from dlrm.serving import Model, serve
     from dlrm.shape import ModelShape
 
@@ -23,7 +23,7 @@ _ROOMS = {
     "Batch": "dlrm.data.batch",
     "Model": "dlrm.serving",
     "ModelShape": "dlrm.shape",
-    "Predictions": "dlrm.engine",
+    "Predictions": "dlrm.loop",
     "serve": "dlrm.serving",
 }
 

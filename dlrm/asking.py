@@ -7,9 +7,6 @@ just its own samples makes no difference here.
 
 from __future__ import annotations
 
-import time
-from collections import deque
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,19 +14,15 @@ from torch import Tensor
 
 from blsrdma import Bags, Rows, request_windows
 from dlrm import bags
-from dlrm.engine import NAP_SECONDS, Finish, Predictions
 from dlrm.errors import OptionError
-from dlrm.timeline import Stopwatch, Timeline, clock
+from dlrm.loop import Loop, Pending
+from dlrm.timeline import clock
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
-
     from blsrdma import Lookup
     from blsrdma.asked import Asked
     from blsrdma.lookup_tables import RowFormat
     from dlrm.data.batch import Batch
-    from dlrm.delays import Delay
-    from dlrm.dense import DenseSlice, DenseWork
     from dlrm.kernels import Kernel
     from dlrm.placement import Placement
     from dlrm.queries import Own
@@ -131,114 +124,20 @@ class AskFlight:
         self._route.give_back(self._memory)
 
 
-@dataclass(frozen=True)
-class _Pending:
-    flight: AskFlight
-    dense: DenseSlice
-    own: Own
+class AskEngine(Loop[AskRoute, "Own"]):
+    """Runs a rank's own batches."""
 
-
-class AskEngine:
-    """Runs a rank's own batches; `timeline` tells afterwards when what happened."""
-
-    def __init__(
-        self,
-        rank: int,
-        placement: Placement,
-        route: AskRoute,
-        dense: DenseWork,
-        *,
-        delay: Delay,
-        keep_pooled: bool = False,
-        replicated: Tables | None = None,
-        arrivals: Iterator[float] | None = None,
-    ) -> None:
-        self._rank, self._placement = rank, placement
-        self._route, self._dense = route, dense
-        self._delay, self._keep_pooled = delay, keep_pooled
-        mean = route.tables.pooling == "mean"
-        self._finish = Finish(placement, replicated, mean, route.tables.dim)
-        self._arrivals = arrivals
-        self._pending: deque[_Pending] = deque()
-        self.timeline = Timeline()
-
-    def run(self, batches: Iterable[Own]) -> Iterator[Predictions]:
-        """Yield the predictions of this rank's batches, in order, each as soon as it is ready. To be used once.
-
-        Raises BadIndex before anything of a bad batch is asked; whatever the lookup raises passes through.
-        """
-        timeline, pending = self.timeline, self._pending
-        tables = range(self._placement.num_tables)
-        with torch.inference_mode():
-            timeline.start, assembled = clock(), self._dense.assembly_ns
-            self._watch = watch = Stopwatch()
-            for number, own in enumerate(self._read(batches)):
-                if timeline.begin:
-                    timeline.after.append(watch.lap())
-                else:
-                    watch.lap()
-                while len(pending) > self._route.lag:
-                    yield self._complete()
-                arrived = 0
-                if self._arrivals is not None:
-                    arrived = timeline.start + int(next(self._arrivals) * 1e9)
-                    while clock() < arrived:
-                        if pending and self._ready():
-                            yield self._complete()
-                        else:
-                            with timeline.phase("wait"), watch.away():
-                                time.sleep(NAP_SECONDS)
-                timeline.begin.append(clock())
-                timeline.arrived.append(arrived or timeline.begin[-1])
-                planned = self._delay.seconds(self._rank, number, self._placement.ranks)
-                if planned > 0:
-                    time.sleep(planned)
-                timeline.slept.append(clock() - timeline.begin[-1] if planned > 0 else 0)
-                timeline.before.append(watch.lap())
-                with timeline.phase("lookup"):
-                    bags.check(own.batch, self._route.tables.table_rows, tables)
-                    flight = self._route.ask(own.batch)
-                timeline.posted.append(clock())
-                dense = self._dense.slice(own.samples)
-                with timeline.phase("dense"):
-                    dense.bottom_of(own.batch.dense)
-                pending.append(_Pending(flight, dense, own))
-                while pending and self._ready():
-                    yield self._complete()
-            if timeline.begin:
-                timeline.after.append(watch.lap())
-            while pending:
-                yield self._complete()
-            timeline.drain = watch.lap()
-            timeline.end = clock()
-            timeline.split("dense", "assemble", self._dense.assembly_ns - assembled)
-
-    def _read(self, batches: Iterable[Own]) -> Iterator[Own]:
-        source = iter(batches)
-        while True:
-            with self.timeline.phase("read"):
-                own = next(source, None)
-            if own is None:
-                return
-            yield own
-
-    def _ready(self) -> bool:
-        with self.timeline.phase("wait"), self._watch.away():
-            return self._pending[0].flight.ready()
-
-    def _complete(self) -> Predictions:
-        """Finish the oldest pending batch, waiting for its rows where they are not here yet."""
-        pending = self._pending.popleft()
-        with self.timeline.phase("wait"), self._watch.away():
-            parts = pending.flight.wait()
-        mine = pending.own.batch
-        pooled = self._finish.kept(mine) if self._keep_pooled else None
-        with self.timeline.phase("dense"):
-            logits, probabilities = self._finish.predict(pending.dense, parts, mine, pooled)
-        self.timeline.emitted.append(clock())
-        del parts
-        pending.flight.release()
-        return Predictions(mine.first, logits, probabilities, pooled, mine.labels)
+    def _start(self, batch: Own) -> Pending:
+        timeline = self.timeline
+        timeline.before.append(self._watch.lap())
+        with timeline.phase("lookup"):
+            bags.check(batch.batch, self._route.tables.table_rows, range(self._placement.num_tables))
+            flight = self._route.ask(batch.batch)
+        timeline.posted.append(clock())
+        dense = self._dense.slice(batch.samples)
+        with timeline.phase("dense"):
+            dense.bottom_of(batch.batch.dense)
+        return Pending(flight, dense, batch.batch)
 
 
 def traffic(lookup: Lookup) -> dict[str, Any]:

@@ -23,7 +23,7 @@ import torch
 from blsrdma.errors import PeerTimeout
 from dlrm import bags
 from dlrm.data.batch import Batch
-from dlrm.engine import NAP_SECONDS, Finish, Predictions
+from dlrm.loop import NAP_SECONDS, Finish, Predictions
 from dlrm.timeline import Timeline, clock
 
 if TYPE_CHECKING:

@@ -19,7 +19,8 @@ from dlrm import checkpoint as checkpoints
 from dlrm import collect, delays, kernels
 from dlrm.asking import AskEngine, AskRoute, own_tables, window_sizes
 from dlrm.dense import DenseWork
-from dlrm.engine import Engine, Predictions
+from dlrm.engine import Engine
+from dlrm.loop import Predictions
 from dlrm.model import Dense
 from dlrm.placement import Placement
 from dlrm.queries import HEAD, Own, QueryEngine, batch_words

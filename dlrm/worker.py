@@ -25,7 +25,8 @@ from dlrm.collective import Collective
 from dlrm.data import open_source
 from dlrm.data.batch import Batch, preload, recut
 from dlrm.dense import DenseWork
-from dlrm.engine import Engine, Predictions
+from dlrm.engine import Engine
+from dlrm.loop import Predictions
 from dlrm.model import Dense
 from dlrm.queries import Own, QueryEngine, largest_query
 from dlrm.report import Report
