@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from bench.cases import Case, bytes_label
 from bench.delay_report import OURS, modelled, undelayed
-from bench.plot import COLOURS
+from bench.plot import COLOURS, finish
 from bench.results import Results
 from bench.systems import SYSTEMS
 
@@ -37,20 +37,7 @@ def draw(results: Results, path: Path) -> None:
         line[0].set_ylabel("ms per iteration")
     for axes in grid[-1]:
         axes.set_xlabel("lag")
-    handles = {
-        label: handle for axes in grid.flat for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
-    }
-    figure.legend(
-        handles.values(), handles.keys(), loc="outside upper center", ncols=min(9, len(handles)), frameon=False
-    )
-    e = results.environment
-    figure.supxlabel(
-        f"{e['cpu']}, {e['cores']} cores; commit {e['commit']}, {e['date'][:10]}; medians. Lower is better.",
-        fontsize=8, color="#555555",
-    )  # fmt: skip
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    finish(figure, grid, results, path, "medians. Lower is better.", dpi=110)
 
 
 def _panel(axes: Axes, results: Results, cases: list[Case]) -> None:

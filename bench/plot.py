@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from bench.cases import Case, bytes_label, zipf_mean
 from bench.results import Results
@@ -11,6 +11,8 @@ from bench.systems import SYSTEMS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from numpy.typing import NDArray
 
 # One colour for each runtime; dashed where several are in flight or the messages are copied out.
 COLOURS = {"bls": "#d1495b", "gloo": "#8d99ae", "mpich": "#2e86ab", "openmpi": "#3a7d44", "openmpi-ucx": "#b08900"}
@@ -40,6 +42,13 @@ def draw(results: Results, path: Path) -> None:
         line[0].set_ylabel("µs per iteration")
     for axes in grid[-1]:
         axes.set_xlabel("bytes per peer")
+    finish(figure, grid, results, path, "medians, bars: half of all samples. Lower is better.")
+
+
+def finish(figure: Figure, grid: NDArray[Any], results: Results, path: Path, note: str, dpi: int = 130) -> None:
+    """One legend for all panels, the environment below them, and into `path`."""
+    from matplotlib import pyplot as plt
+
     handles = {
         label: handle for axes in grid.flat for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }
@@ -47,12 +56,10 @@ def draw(results: Results, path: Path) -> None:
         handles.values(), handles.keys(), loc="outside upper center", ncols=min(8, len(handles)), frameon=False
     )
     e = results.environment
-    figure.supxlabel(
-        f"{e['cpu']}, {e['cores']} cores; commit {e['commit']}, {e['date'][:10]}; medians, bars: half of all samples. "
-        "Lower is better.", fontsize=8, color="#555555",
-    )  # fmt: skip
+    about = f"{e['cpu']}, {e['cores']} cores; commit {e['commit']}, {e['date'][:10]}; {note}"
+    figure.supxlabel(about, fontsize=8, color="#555555")
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=dpi)
     plt.close(figure)
 
 
