@@ -26,15 +26,16 @@ if TYPE_CHECKING:
 class Asked:
     """The bags of one ask. The results live where they were put, for as long as the caller wants."""
 
-    __slots__ = ("_bags", "_lookup", "_results", "_settled", "dropped", "number")
+    __slots__ = ("_bags", "_lookup", "_results", "_settled", "dropped", "number", "version")
 
-    def __init__(self, lookup: Lookup, number: int, bags: Sequence[Bags], results: Any) -> None:
+    def __init__(self, lookup: Lookup, number: int, version: int, bags: Sequence[Bags], results: Any) -> None:
         self._lookup = lookup
         self._bags = bags  # kept alive: the lookup reads them until the ask is complete
         self._results = results
         self._settled = False
         self.dropped = False  # the caller does not want it any more
         self.number = number
+        self.version = version  # of the tables, which answers all of it
 
     def ready(self) -> bool:
         """Whether all bags are pooled, or an owner has failed, so that wait() need not wait."""

@@ -154,5 +154,10 @@ class LookupRefused(BlsrdmaError):
         return type(self), (str(self), self.rank, self.table, self.index)
 
 
+class VersionError(BlsrdmaError, ValueError):
+    """Tables that cannot follow those that a Lookup has: other tables, a number that does not rise, or not the one that
+    other owners have loaded."""
+
+
 class ReadsUnavailable(BlsrdmaError):
     """Mode get was asked for, and an owner's tables cannot be read without its help. Raised at the start."""

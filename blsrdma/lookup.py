@@ -29,26 +29,28 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from blsrdma import hosts, request_windows
+from blsrdma import request_windows
 from blsrdma.asked import Asked, places, slices
 from blsrdma.errors import (
     BagsError,
     BlsrdmaError,
+    ConcurrentUse,
     ExchangeClosed,
-    MemoryLimitExceeded,
     PeerFailed,
     ReadsUnavailable,
     SettingsError,
+    VersionError,
 )
 from blsrdma.fabric import Fabric
-from blsrdma.lookup_errors import lookup_error
+from blsrdma.lookup_errors import lookup_error, version_error
+from blsrdma.lookup_opening import deep, flat, make_core, refuse_what_cannot_be
 from blsrdma.lookup_settings import LookupSettings
-from blsrdma.lookup_tables import FORMATS, Bags, Rows, TableFacts, address, describe, describe_bags, directory
+from blsrdma.lookup_store import OwnTables
+from blsrdma.lookup_tables import Bags, Rows, TableFacts, address, describe_bags, directory
 from blsrdma.peers import Neighbours, arena_facts, whoami
 from blsrdma.rendezvous import Rendezvous, Round, environment_ranks, store_from_environment
-from blsrdma.settings import default_memory_limit, format_size, timeout_ns
+from blsrdma.settings import format_size, timeout_ns
 from blsrdma.ucx import native
-from blsrdma.windows import LINE_BYTES, WindowGeometry, round_up
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -62,6 +64,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("blsrdma")
 
 _CLOSED, _ERRED, _BEREAVED = 1, 2, 3  # as in native/layout.h
+MOST_VERSIONS = 1 << 62
 
 _open: weakref.WeakSet[Lookup] = weakref.WeakSet()
 _quarantine: list[Any] = []  # what a peer may still write into: kept until the process ends
@@ -73,7 +76,9 @@ class Lookup:
     Parameters:
         tables: the tables that this rank owns, by number: float32 or float16 matrices [rows, dim], or `Rows`. They are
             used where they lie in put mode, and must not change; in get mode they are copied into registered memory.
+            load_tables() replaces them.
         store, rank, world_size, name: as for an Exchange; a Lookup and an Exchange of one name must not share a store.
+        version: of these tables; the same on every rank. See load_tables.
         lag: asks of this rank that may be incomplete at a time, less one.
         mode, request_bytes, response_bytes, pooling, serve, serve_share, on_peer_failure, default_row: see
             blsrdma.lookup_settings; timeout, close_timeout, keepalive, direct, checksum, memory_limit: see
@@ -91,6 +96,7 @@ class Lookup:
         world_size: int | None = None,
         *,
         name: str = "lookup",
+        version: int = 0,
         **settings: Any,
     ) -> None:
         self._closed = True  # until it is open
@@ -109,35 +115,39 @@ class Lookup:
         self._store = store
         rendezvous = Rendezvous(store, name, rank, world_size, common.timeout)
         self._in_flight: dict[int, Asked] = {}
+        self._outgoing: int | None = None  # the place of a version that may still be asked for
         try:
             if refusal is not None:
                 raise refusal
-            described = [describe(table, rank, rows) for table, rows in sorted(tables.items())]
-            own = self._placed([facts for facts, _ in described])
+            if not 0 <= version < MOST_VERSIONS:
+                raise SettingsError(f"version = {version}: must be from 0 to 2^62 - 1")
+            own = self._own = OwnTables(tables, rank)
+            places = (1 + self.settings.updates) if self.settings.mode != "put" else 0
             self._geometry = request_windows.geometries(
                 world_size, common.lag, self.settings.request_bytes, self.settings.response_bytes
             )
-            self._refuse_what_cannot_be(own)
+            refuse_what_cannot_be(self.settings, self._geometry, own, places, world_size)
             self._timeout_ns = timeout_ns(common.timeout)
             self._mean = self.settings.pooling == "mean"
             self._fabric = Fabric.of_process()
             self._arenas = [self._fabric.allocate(each.arena_bytes) for each in self._geometry]
-            if self.settings.mode != "put":
-                self._arenas.append(self._fabric.allocate(self._tables_bytes(own)))
-            self._data = self._stored(own, [data for _, data in described])
+            if places:
+                self._arenas.append(self._fabric.allocate(own.arena_bytes(places)))
+            own.open(self._arenas[2] if places else None)
         except BaseException as error:
             rendezvous.report(error)
             raise
-        mine = [{"table": t.table, "rows": t.rows, "dim": t.dim, "format": t.format, "offset": t.offset} for t in own]
+        mine = [{"table": t.table, "rows": t.rows, "dim": t.dim, "format": t.format, "offset": t.offset}
+                for t in own.facts]  # fmt: skip
         blob = whoami(self._fabric) | {"tables": mine, "arenas": [arena_facts(each) for each in self._arenas]}
-        met = rendezvous.meet(self.settings.agreed(), _flat(blob))
+        met = rendezvous.meet(self.settings.agreed() | {"version": version}, flat(blob))
         self._epoch = met.epoch
-        self._core = self._connect(rendezvous, met)
+        self._core = self._connect(rendezvous, met, version)
         self._closed = False
         _open.add(self)
         log.info(
             "lookup %r: rank %d of %d, lag %d, mode %s, %d tables, %d of them here: %s registered; kernel %s",
-            name, rank, world_size, self.lag, self.settings.mode, len(self.tables), len(own),
+            name, rank, world_size, self.lag, self.settings.mode, len(self.tables), len(own.facts),
             format_size(self.memory_bytes), native.pool_instructions(),
         )  # fmt: skip
 
@@ -157,6 +167,12 @@ class Lookup:
     def tables(self) -> tuple[TableFacts, ...]:
         """All ranks' tables, in the order of their numbers."""
         return tuple(self._tables)
+
+    @property
+    def version(self) -> int:
+        """Of the tables that the newest ask was of."""
+        self._usable()
+        return self._core.version
 
     # --- the loop
 
@@ -195,7 +211,9 @@ class Lookup:
         if len(self._in_flight) > self.lag:
             for old in [asked for asked in self._in_flight.values() if asked.dropped]:
                 self._forget(old)
-        asked = self._in_flight[number] = Asked(self, number, bags, result)
+        if self._outgoing is not None:
+            self._drop_outgoing()
+        asked = self._in_flight[number] = Asked(self, number, self._core.version, bags, result)
         return asked
 
     def keep(self, table: int, rows: Array, timeout: float | None = None) -> None:
@@ -212,6 +230,40 @@ class Lookup:
         if outcome:
             raise self._error(outcome)
 
+    def load_tables(self, version: int, tables: Mapping[int, Rows | Array], timeout: float | None = None) -> None:
+        """Put another version of this rank's tables in the place of the one it has, without stopping anybody.
+
+        Every rank that owns tables calls it, at any time, with the same rising `version` and all tables that it owns,
+        with the same rows, dim and format. Asks go over to it when all owners have it: each is answered wholly from one
+        version, and `Asked.version` tells which. Cached rows are forgotten then, and hot rows got anew when they are
+        asked for.
+
+        Memory: an owner has two versions until every rank has called its lookup since the last owner loaded the new
+        one, and its asks before that are complete; then the old one is let go. In put mode that is the caller's memory,
+        which must not change until then; in get and auto mode rows are copied, into memory that the setting `updates`
+        provides for.
+
+        Waits only while the version before the present one is still in use. Raises VersionError, also where another
+        owner has loaded another version; PeerTimeout naming the ranks that need the old one. A rank without tables need
+        not call.
+        """
+        self._usable()
+        rows = self._own.alike(tables, self.rank)
+        if not rows:
+            return
+        newest = max(self._core.loaded, self._core.version)
+        if isinstance(version, bool) or not newest < version < MOST_VERSIONS:
+            raise VersionError(f"version {version} cannot follow version {newest}: versions rise, up to 2^62 - 1")
+        if self.settings.mode != "put" and not self.settings.updates:
+            raise VersionError(f"mode {self.settings.mode} has no room for another version: set updates")
+        outcome, place = self._core.make_room(version, self._ns(timeout))
+        if outcome:
+            raise version_error(self._error(outcome), self._core, self.name, version, self._state)
+        self._own.store(place, rows)
+        if not self._core.load(version, place, [self._own.address(place, each.table) for each in self._tables]):
+            raise ConcurrentUse(f"lookup {self.name!r}: another thread is in a call on it; one thread at a time")
+        self._outgoing = 1 - place
+
     def finish(self, timeout: float | None = None) -> None:
         """This rank asks no more: serve the others until all of them say the same, or have left or failed.
 
@@ -225,7 +277,7 @@ class Lookup:
     # --- what it did
 
     def stats(self) -> dict[str, Any]:
-        """What happened so far: `asks`, `memory_bytes`, and `peers`, one entry per rank:
+        """What happened so far: `asks`, `version`, `memory_bytes`, and `peers`, one entry per rank:
 
         - path: self, direct (stores into mapped memory), put (UCX), read (get mode: its tables are mapped here); and
           transport, UCX's choice for puts;
@@ -246,7 +298,12 @@ class Lookup:
                  "asked": dict(zip(asked, self._core.stats(q), strict=True)),
                  "served": dict(zip(served, self._core.served(q), strict=True))}
             )  # fmt: skip
-        return {"asks": self._core.next, "memory_bytes": self.memory_bytes, "peers": peers}
+        return {
+            "asks": self._core.next,
+            "version": self._core.version,
+            "memory_bytes": self.memory_bytes,
+            "peers": peers,
+        }
 
     # --- the end
 
@@ -268,7 +325,7 @@ class Lookup:
         if not self._core.close(code, blamed, short, timeout_ns(self.settings.common.close_timeout)):
             log.info("lookup %r: peers had not closed after %g s; its windows are kept", self.name,
                      self.settings.common.close_timeout)  # fmt: skip
-            _quarantine.append((self._core, self._arenas, self._fabric, self._data))
+            _quarantine.append((self._core, self._arenas, self._fabric, self._own))
         self._in_flight = {}
 
     def __enter__(self) -> Lookup:
@@ -292,56 +349,8 @@ class Lookup:
 
     # --- inside
 
-    def _placed(self, own: list[TableFacts]) -> list[TableFacts]:
-        """Where each of the rank's own tables will lie in its arena of tables."""
-        at = LINE_BYTES
-        placed = []
-        for facts in own:
-            placed.append(TableFacts(facts.table, facts.owner, facts.rows, facts.dim, facts.format, at))
-            at += round_up(facts.nbytes, LINE_BYTES)
-        return placed
-
-    def _tables_bytes(self, own: list[TableFacts]) -> int:
-        return LINE_BYTES + sum(round_up(facts.nbytes, LINE_BYTES) for facts in own)
-
-    def _refuse_what_cannot_be(self, own: list[TableFacts]) -> None:
-        settings = self.settings
-        if settings.request_bytes < request_windows.LEAST_REQUEST_BYTES:
-            raise SettingsError(
-                f"request_bytes = {settings.request_bytes}: must be at least {request_windows.LEAST_REQUEST_BYTES}"
-            )
-        widest = max((facts.dim for facts in own), default=0)
-        if settings.response_bytes < 4 * widest:
-            raise SettingsError(
-                f"response_bytes = {settings.response_bytes}: must hold one pooled row, {4 * widest} bytes"
-            )
-        limit = settings.common.memory_limit
-        if limit is None:
-            limit = default_memory_limit(int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size)))
-        windows = [geometry.arena_bytes for geometry in self._geometry]
-        rows = self._tables_bytes(own) if settings.mode != "put" else 0
-        if sum(windows) + rows > limit:
-            raise MemoryLimitExceeded(
-                f"lookups need {format_size(sum(windows) + rows)} per rank ({format_size(windows[0])} of request "
-                f"windows, {format_size(windows[1])} of response windows, {format_size(rows)} of registered tables); "
-                f"memory_limit is {format_size(limit)}"
-            )
-
-    def _stored(self, own: list[TableFacts], data: list[Array]) -> dict[int, tuple[int, object]]:
-        """Address of each own table's rows, and what keeps it alive."""
-        if self.settings.mode == "put":
-            return {facts.table: (address(rows), rows) for facts, rows in zip(own, data, strict=True)}
-        arena = self._arenas[-1]
-        memory = arena.array()
-        stored: dict[int, tuple[int, object]] = {}
-        for facts, rows in zip(own, data, strict=True):
-            view = memory[facts.offset : facts.offset + facts.nbytes]
-            view[:] = np.asarray(rows).reshape(-1).view(np.uint8)
-            stored[facts.table] = (arena.address + facts.offset, view)
-        return stored
-
-    def _connect(self, rendezvous: Rendezvous, met: Round) -> native.Lookup:
-        blobs = [_deep(blob) for blob in met.blobs]
+    def _connect(self, rendezvous: Rendezvous, met: Round, version: int) -> native.Lookup:
+        blobs = [deep(blob) for blob in met.blobs]
         error: BaseException | None = None
         core = None
         try:
@@ -352,7 +361,8 @@ class Lookup:
             self._numbers = {facts.table: number for number, facts in enumerate(self._tables)}
             self._by_number = {facts.table: facts for facts in self._tables}
             self._neighbours = Neighbours(blobs, self.rank)
-            core = self._make_core(met.epoch)
+            core = make_core(self._fabric, self._arenas, self._tables, self._own, self._geometry, self.rank,
+                             self.settings, version, met.epoch, self._neighbours.here)  # fmt: skip
             peers = [
                 (q, blob["address"], [(each["rkey"], each["base"], each["token"]) for each in blob["arenas"]])
                 for q, blob in enumerate(blobs) if q != self.rank
@@ -366,7 +376,7 @@ class Lookup:
             rendezvous.confirm(error)
         except BlsrdmaError:
             if core is not None and not core.close(_ERRED, 0, "it could not connect", timeout_ns(1.0)):
-                _quarantine.append((core, self._arenas, self._fabric, self._data))
+                _quarantine.append((core, self._arenas, self._fabric, self._own))
             if isinstance(error, SettingsError | ReadsUnavailable):
                 raise error from None
             raise
@@ -381,24 +391,6 @@ class Lookup:
                 f"{', '.join(map(str, apart))} ({core.transport(apart[0])}), and reads over the network are not served "
                 "yet (over TCP UCX would emulate them, and need the owner): use mode put, or auto"
             )
-
-    def _make_core(self, epoch: int) -> native.Lookup:
-        settings, common = self.settings, self.settings.common
-        tables = [
-            (facts.owner, facts.dim, FORMATS.index(facts.format), facts.rows, facts.offset,
-             self._data[facts.table][0] if facts.owner == self.rank else 0)
-            for facts in self._tables
-        ]  # fmt: skip
-        # Whoever spins takes a core from somebody who works, unless there are enough for a loop and a server of each.
-        free = 2 * self._neighbours.here <= hosts.cores()
-        return native.Lookup(
-            self._fabric.native, self._arenas[0], self._arenas[1], tables,
-            (_native(self._geometry[0]), _native(self._geometry[1])), self.rank, common.lag, epoch, common.direct,
-            common.checksum, settings.mode != "put",
-            (settings.fetch == "rows", settings.dedupe, settings.cache_bytes), settings.serve == "inline",
-            settings.on_peer_failure == "degrade", settings.default_row, settings.serve_share,
-            timeout_ns(common.keepalive), (2000 if free else 0, 1000 if free else 20), (2000 if free else 0, 2),
-        )  # fmt: skip
 
     def _path(self, peer: int) -> str:
         if self._core.readable(peer):
@@ -416,6 +408,11 @@ class Lookup:
     def _ns(self, timeout: float | None) -> int:
         return self._timeout_ns if timeout is None else timeout_ns(timeout)
 
+    def _drop_outgoing(self) -> None:
+        if self._outgoing is not None and self._core.retire_version():
+            self._own.drop(self._outgoing)
+            self._outgoing = None
+
     def _forget(self, asked: Asked) -> None:
         """The core needs this ask no more, if it is complete."""
         if not self._closed and self._core.ready(asked.number):
@@ -427,26 +424,6 @@ class Lookup:
 
     def _error(self, outcome: int) -> BlsrdmaError:
         return lookup_error(outcome, self._core, self.name, self.rank, self._tables, self._state)
-
-
-def _native(geometry: WindowGeometry) -> native.Geometry:
-    made = native.Geometry()
-    for field in ("ranks", "windows", "window_bytes", "window_stride", "control_offset", "windows_offset",
-                  "staging_offset", "arena_bytes"):  # fmt: skip
-        setattr(made, field, getattr(geometry, field))
-    return made
-
-
-def _flat(blob: dict[str, Any]) -> dict[str, Any]:
-    """A rendezvous carries bytes at the top level only."""
-    flat = {key: value for key, value in blob.items() if key != "arenas"}
-    flat["arenas"] = len(blob["arenas"])
-    return flat | {f"{key}/{n}": value for n, each in enumerate(blob["arenas"]) for key, value in each.items()}
-
-
-def _deep(flat: Mapping[str, Any]) -> dict[str, Any]:
-    arenas = [{key: flat[f"{key}/{n}"] for key in ("rkey", "base", "token")} for n in range(flat["arenas"])]
-    return {**flat, "arenas": arenas}
 
 
 def _forked() -> None:

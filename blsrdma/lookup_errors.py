@@ -12,6 +12,7 @@ from blsrdma.errors import (
     PeerFailed,
     PeerLeft,
     PeerTimeout,
+    VersionError,
     WindowCorrupt,
 )
 from blsrdma.ucx import native
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from blsrdma.lookup_tables import TableFacts
 
 _Outcome = native.Outcome
-_OFFSETS, _INDEX, _TABLE = 1, 2, 3  # kinds of faults, as in native/query.h
+_OFFSETS, _INDEX, _TABLE, _VERSION = 1, 2, 3, 5  # kinds of faults, as in native/query.h
 
 
 def lookup_error(
@@ -30,7 +31,7 @@ def lookup_error(
 ) -> BlsrdmaError:
     """The error for an outcome other than OK that `core` just returned. `state(q)`: whether rank q lives, in words."""
     kind = _Outcome(outcome)
-    peer, number, text = core.details()
+    peer, number, theirs, text = core.details()
     where = f"lookup {name!r}, ask {number}"
     if kind == _Outcome.TIMEOUT:
         states = {q: state(q) for q in core.missing(number)}
@@ -58,12 +59,16 @@ def lookup_error(
             what = f"index {value} of table {table} is not a row of its {limit} rows"
         elif fault == _TABLE:
             what = f"it does not own the table asked for ({table})"
+        elif fault == _VERSION:
+            what, table = f"it does not have version {value} of its tables", None
         else:
             what = "what arrived is no request"
             table = None
         return LookupRefused(
             f"{where}: rank {peer} refused it: {what}", peer, table, value if fault == _INDEX else None
         )
+    if kind == _Outcome.VERSION_MISMATCH:
+        return VersionError(f"lookup {name!r}: rank {peer} has loaded version {theirs}, where this rank loads {number}")
     where += f": rank {peer}"
     if kind == _Outcome.CORRUPT:
         return WindowCorrupt(f"{where}: {text}", peer, number, text)
@@ -72,3 +77,17 @@ def lookup_error(
     if kind == _Outcome.PEER_ERRED:
         return PeerFailed(f"{where} failed: {text}", peer, number, text)
     return PeerFailed(f"{where} died: {text}", peer, number, text)
+
+
+def version_error(
+    error: BlsrdmaError, core: native.Lookup, name: str, version: int, state: Callable[[int], str]
+) -> BlsrdmaError:
+    """The same for load_tables, which waits for other ranks than an ask does."""
+    if not isinstance(error, PeerTimeout):
+        return error
+    states = {q: state(q) for q in core.behind()}
+    each = "; ".join(f"rank {q} ({how})" for q, how in states.items())
+    return PeerTimeout(
+        f"lookup {name!r}: version {version} cannot be loaded yet; not gone over to version {core.loaded}: {each}",
+        version, dict.fromkeys(states, 0), states,
+    )  # fmt: skip

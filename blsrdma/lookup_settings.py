@@ -11,6 +11,7 @@
 | request_bytes   | *       | of a request window; larger requests are cut. *: window_bytes |
 | response_bytes  | *       | of a response window; *: window_bytes |
 | pooling         | sum     | sum or mean of a bag's rows |
+| updates         | 0       | in get and auto mode: room for a second version of the tables, for load_tables |
 | serve           | thread  | thread: a thread without the GIL answers the others; inline: this rank's calls do |
 | serve_share     | 1       | of one core, at most, for that thread: above 0, up to 1 |
 | on_peer_failure | raise   | raise: PeerFailed on the asks that need it; degrade: `default_row`, counted |
@@ -51,6 +52,7 @@ class LookupSettings:
     mode: Literal["put", "get", "auto"] = "put"
     fetch: Literal["bags", "rows"] = "bags"
     dedupe: bool = True
+    updates: bool = False
     cache_bytes: int = 0
     pooling: Literal["sum", "mean"] = "sum"
     serve: Literal["thread", "inline"] = "thread"
@@ -62,7 +64,16 @@ class LookupSettings:
     def resolve(environment: Mapping[str, str] | None = None, **keywords: Any) -> LookupSettings:
         """Keywords that are not None, then the environment, then the defaults. Raises SettingsError."""
         environment = os.environ if environment is None else environment
-        own = [*CHOICES, "dedupe", "cache_bytes", "request_bytes", "response_bytes", "serve_share", "default_row"]
+        own = [
+            *CHOICES,
+            "dedupe",
+            "updates",
+            "cache_bytes",
+            "request_bytes",
+            "response_bytes",
+            "serve_share",
+            "default_row",
+        ]
         known = {_PREFIX + name.upper(): name for name in own}
         for variable in environment:
             if variable.startswith(_PREFIX) and variable not in known:
@@ -94,6 +105,7 @@ class LookupSettings:
             "response_bytes": self.response_bytes,
             "mode": self.mode,
             "pooling": self.pooling,
+            "updates": self.updates,
         }
 
 
@@ -102,7 +114,7 @@ def _checked(name: str, given: Any) -> Any:
         if given not in CHOICES[name]:
             raise ValueError(f"must be one of {', '.join(CHOICES[name])}")
         return given
-    if name == "dedupe":
+    if name in ("dedupe", "updates"):
         return parse_flag(str(given)) if isinstance(given, str) else bool(given)
     if name.endswith("_bytes"):
         size = parse_size(given) if isinstance(given, str) else given

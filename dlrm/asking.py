@@ -3,22 +3,28 @@
 There is no collective: a rank asks for the bags of its own samples, owners answer apart from their loops (put) or are
 not involved (get), and nobody waits for a rank whose rows it does not need. Whether every rank reads the whole batch or
 just its own samples makes no difference here.
+
+Tables may be replaced meanwhile: each batch is predicted with one version of all of them, asked for or replicated.
 """
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from blsrdma import Bags, Rows, request_windows
+from blsrdma.errors import PeerTimeout
 from dlrm import bags
 from dlrm.errors import OptionError
 from dlrm.loop import Loop, Pending
 from dlrm.timeline import clock
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from blsrdma import Lookup
     from blsrdma.asked import Asked
     from blsrdma.lookup_tables import RowFormat
@@ -27,6 +33,9 @@ if TYPE_CHECKING:
     from dlrm.placement import Placement
     from dlrm.queries import Own
     from dlrm.tables import Tables
+
+    # Asked before every batch: a version that is due, its tables of this rank and those that every rank has; or None.
+    Updates = Callable[[], tuple[int, Tables, Tables | None] | None]
 
 # The row formats that a Lookup pools with the same bits as these kernels (tests/lookup/test_pooling.py).
 _FORMATS: dict[str, RowFormat] = {
@@ -109,6 +118,7 @@ class AskFlight:
 
     def __init__(self, route: AskRoute, asked: Asked, out: Tensor, memory: Tensor) -> None:
         self._route, self._asked, self._out, self._memory = route, asked, out, memory
+        self.version = asked.version  # of the tables
 
     def ready(self) -> bool:
         """Whether every owner's rows are here."""
@@ -127,7 +137,28 @@ class AskFlight:
 class AskEngine(Loop[AskRoute, "Own"]):
     """Runs a rank's own batches."""
 
+    updates: Updates | None = None
+    _due: tuple[int, Tables, Tables | None] | None = None  # a version that cannot be loaded yet
+
+    def _update(self) -> None:
+        """Load the version that is due, if it can be now: the one before may still be in use at slower ranks."""
+        if self.updates is None:
+            return
+        self._due = self._due or self.updates()
+        if self._due is None:
+            return
+        version, tables, replicated = self._due
+        lookup, kept = self._route.lookup, self._finish.replicated
+        with suppress(PeerTimeout):
+            lookup.load_tables(version, own_tables(tables, self._placement, self._rank), timeout=0.0)
+            kept[version] = replicated
+            self._due = None
+            needed = min([lookup.version, *(pending.version for pending in self._pending)])
+            for old in [old for old in kept if old < needed]:
+                del kept[old]
+
     def _start(self, batch: Own) -> Pending:
+        self._update()
         timeline = self.timeline
         timeline.before.append(self._watch.lap())
         with timeline.phase("lookup"):
@@ -137,7 +168,7 @@ class AskEngine(Loop[AskRoute, "Own"]):
         dense = self._dense.slice(batch.samples)
         with timeline.phase("dense"):
             dense.bottom_of(batch.batch.dense)
-        return Pending(flight, dense, batch.batch)
+        return Pending(flight, dense, batch.batch, flight.version)
 
 
 def traffic(lookup: Lookup) -> dict[str, Any]:

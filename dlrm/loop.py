@@ -37,6 +37,7 @@ class Predictions:
     probabilities: Tensor  # float32 [n]
     pooled: Tensor | None  # float32 [n, T, dim] as received, where they are kept
     labels: Tensor | None = None  # float32 [n], where the batch has them
+    version: int = 0  # of the tables, all of them; see `serve`
 
 
 class Finish:
@@ -44,7 +45,7 @@ class Finish:
 
     def __init__(self, placement: Placement, replicated: Tables | None, mean: bool, dim: int) -> None:
         self._runs = placement.runs
-        self._replicated = replicated
+        self.replicated = {0: replicated}  # by version
         self._divided = placement.divided if mean else ()
         self._tables, self._dim = placement.num_tables, dim
 
@@ -53,14 +54,15 @@ class Finish:
         return torch.empty(mine.size, self._tables, self._dim)
 
     def predict(
-        self, dense: DenseSlice, parts: list[Tensor], mine: Batch, keep: Tensor | None
+        self, dense: DenseSlice, parts: list[Tensor], mine: Batch, keep: Tensor | None, version: int = 0
     ) -> tuple[Tensor, Tensor]:
         """Logits and probabilities of the samples `mine`, from one part per owner, [n, tables of it, dim].
 
         Their pooled vectors [n, T, dim] are left in `keep`.
         """
-        if self._replicated is not None:
-            parts = [*parts, self._replicated.lookup_all(mine)]
+        replicated = self.replicated[version]
+        if replicated is not None:
+            parts = [*parts, replicated.lookup_all(mine)]
         return dense.predict(parts, self._runs, {table: lengths(mine, table) for table in self._divided}, keep)
 
 
@@ -79,6 +81,7 @@ class Pending:
     flight: InFlight
     dense: DenseSlice
     mine: Batch  # this rank's samples of it
+    version: int = 0  # of the tables that it is answered from
 
 
 class Route(Protocol):
@@ -198,9 +201,9 @@ class Loop(ABC, Generic[Way, Read]):
             parts = pending.flight.wait()
         pooled = self._finish.kept(mine) if self._keep_pooled else None
         with self.timeline.phase("dense"):
-            logits, probabilities = self._finish.predict(pending.dense, parts, mine, pooled)
+            logits, probabilities = self._finish.predict(pending.dense, parts, mine, pooled, pending.version)
         self.timeline.emitted.append(clock())
         del parts
         with self.timeline.phase("wait"), self._watch.away():
             pending.flight.release()
-        return Predictions(mine.first, logits, probabilities, pooled, mine.labels)
+        return Predictions(mine.first, logits, probabilities, pooled, mine.labels, pending.version)

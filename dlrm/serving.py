@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,6 +21,7 @@ from dlrm import collect, delays, kernels
 from dlrm.asking import AskEngine, AskRoute, own_tables, window_sizes
 from dlrm.dense import DenseWork
 from dlrm.engine import Engine
+from dlrm.errors import OptionError
 from dlrm.loop import Predictions
 from dlrm.model import Dense
 from dlrm.placement import Placement
@@ -28,7 +30,7 @@ from dlrm.routes import AlltoallvRoute
 from dlrm.tables import Pooling, Tables
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from torch.distributed import Store
 
@@ -98,6 +100,7 @@ def serve(
     timeout: float = 60.0,
     exchange: Literal["alltoallv", "put", "get", "auto"] = "alltoallv",
     on_peer_failure: Literal["raise", "degrade"] = "raise",
+    updates: Callable[[], tuple[int, Model] | None] | None = None,
     store: Store | None = None,
     name: str = "serve",
 ) -> Iterator[Predictions]:
@@ -115,6 +118,10 @@ def serve(
         dense_block, timeout, exchange: as --dense-block, --timeout and --exchange.
         on_peer_failure: with put, get or auto, what becomes of bags whose owner has failed: PeerFailed is raised, or
             they are zeros, and counted in the log at the end (degrade).
+        updates: with put, get or auto, called before every batch: (version, model) where other tables are due, else
+            None. Versions rise from 1; the model is the rank's part of one of the same shape, placement and bits, of
+            which only the tables are used. Each rank goes over to it between two batches once all have been given it;
+            `Predictions.version` tells. A rank whose batches have ended takes no more, and so nobody does.
         store: None: that of torchrun's environment.
 
     Raises BadIndex before anything of a bad batch is sent, and whatever the exchange raises.
@@ -123,6 +130,10 @@ def serve(
     from blsrdma.rendezvous import store_from_environment
 
     rank, placement = model.rank, model.placement
+    if updates is not None and exchange == "alltoallv":
+        raise OptionError("updates of tables want exchange put, get or auto")
+    if updates is not None and model.replicated is not None and not all(placement.pieces):
+        raise OptionError("updates of replicated tables want every rank to own some table, too")
     ranks = placement.ranks
     store = store if store is not None else store_from_environment(rank, ranks, timeout)
     source = iter(batches)
@@ -152,11 +163,14 @@ def serve(
             lookup = stack.enter_context(
                 Lookup(
                     own_tables(model.tables, placement, rank), store, rank, ranks, name=name, lag=lag, mode=exchange,
-                    pooling=model.tables.pooling, timeout=timeout, on_peer_failure=on_peer_failure, **windows,
+                    pooling=model.tables.pooling, timeout=timeout, on_peer_failure=on_peer_failure,
+                    updates=updates is not None, **windows,
                 )
             )  # fmt: skip
             stack.callback(tell_degraded, lookup)
             engine = AskEngine(rank, placement, AskRoute(lookup, model.tables, placement), dense, **settings)
+            if updates is not None:
+                engine.updates = partial(due, updates)
             with torch.inference_mode():
                 yield from engine.run(own(batch, placement, rank, input) for batch in source)
             return
@@ -168,6 +182,12 @@ def serve(
             running = queries.run(Own(batch, range(batch.size)) for batch in source)
         with torch.inference_mode():
             yield from running
+
+
+def due(updates: Callable[[], tuple[int, Model] | None]) -> tuple[int, Tables, Tables | None] | None:
+    """The tables of a version that is due, this rank's and those that all have."""
+    found = updates()
+    return None if found is None else (found[0], found[1].tables, found[1].replicated)
 
 
 def own(batch: Batch, placement: Placement, rank: int, input: Literal["replicated", "sharded"]) -> Own:  # noqa: A002 - as serve

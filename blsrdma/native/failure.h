@@ -25,6 +25,7 @@ enum class Outcome : int {
   interrupted,     // Config::interrupted said so
   bad_bags,        // of a lookup: bags that cannot be looked up; see Fault
   refused,         // of a lookup: rank, an owner, says that of bags that this rank has not found bad
+  version_mismatch,  // of a lookup: rank, an owner, has loaded version a of its tables, this rank another one
 };
 
 struct Details {

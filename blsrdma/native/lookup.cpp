@@ -15,11 +15,12 @@ constexpr std::uint64_t kResponsePlane = 0x9e3779b97f4a7c15u;
 }  // namespace
 
 Lookup::Lookup(std::shared_ptr<Fabric> fabric, std::shared_ptr<Arena> requests, std::shared_ptr<Arena> responses,
-               std::vector<Table> tables, const Config& config)
+               std::shared_ptr<Arena> table_memory, std::vector<Table> tables, const Config& config)
     : fabric_(std::move(fabric)),
       requests_arena_(std::move(requests)),
       responses_arena_(std::move(responses)),
-      tables_(std::move(tables)),
+      tables_arena_(std::move(table_memory)),
+      tables_(std::move(tables), config.version),
       config_(config),
       responses_(*responses_arena_, config.responses, config.rank, config.epoch ^ kResponsePlane),
       request_bell_(std::make_unique<Doorbell>(Sleeper(requests_arena_->data()))),
@@ -36,11 +37,21 @@ Lookup::Lookup(std::shared_ptr<Fabric> fabric, std::shared_ptr<Arena> requests, 
     each.slots.resize(config.requests.windows);
     each.failure = std::make_unique<Failure>();
   }
+  version_ = loaded_ = config.version;
+  for (const Table& each : tables_.at(0)) {
+    peers_[each.owner].owns = true;
+    owns_ |= each.owner == config.rank;
+  }
+  for (PeerState& each : peers_) each.announced = each.moved = config.version;
+  if (tables_arena_) {
+    VersionWord(tables_arena_->data(), 1).clear();
+    VersionWord(tables_arena_->data(), 0).set(config.version);
+  }
   std::uint64_t remote = 0;
-  for (const Table& each : tables_) remote += each.owner == config.rank ? 0 : each.rows * each.row_bytes;
-  kept_.resize(tables_.size());
-  for (std::size_t t = 0; t < tables_.size(); ++t) {
-    const Table& table = tables_[t];
+  for (const Table& each : tables_.at(0)) remote += each.owner == config.rank ? 0 : each.rows * each.row_bytes;
+  kept_.resize(tables_.at(0).size());
+  for (std::size_t t = 0; t < kept_.size(); ++t) {
+    const Table& table = tables_.at(0)[t];
     if (table.owner == config.rank || !config.fetch) continue;
     // The cache is shared out by size.
     const double share = static_cast<double>(table.rows * table.row_bytes) / static_cast<double>(std::max<std::uint64_t>(1, remote));
@@ -83,7 +94,7 @@ Lookup::~Lookup() {
   for (auto* plane : {&asking_, &answering_}) {
     for (auto& each : *plane) each.release();
   }
-  new std::tuple(fabric_, requests_arena_, responses_arena_);
+  new std::tuple(fabric_, requests_arena_, responses_arena_, tables_arena_);
   // Requests and responses that are being put are read from these.
   new std::vector<PeerState>(std::move(peers_));
   server_.release();
@@ -144,9 +155,11 @@ void Lookup::connect(const std::vector<Peer>& peers, std::vector<int> pidfds, st
   if (!fabric_->until(settled, deadline_ns)) {
     throw std::runtime_error("the first put has not completed to ranks " + missing);
   }
-  for (Table& table : tables_) {
-    if (table.owner != config_.rank && peers_[table.owner].mapped) {
-      table.data = peers_[table.owner].mapped + table.offset;
+  for (std::uint32_t place = 0; place < (config_.second_place ? TableSets::kPlaces : 1); ++place) {
+    for (Table& table : tables_.at(place)) {
+      if (table.owner != config_.rank && peers_[table.owner].mapped) {
+        table.data = peers_[table.owner].mapped + table.offset;
+      }
     }
   }
   server_->connect(answering_);
@@ -158,13 +171,12 @@ Outcome Lookup::finish(std::uint64_t deadline_ns) {
   if (!turn) return Outcome::concurrent;
   const Outcome own = until([&] { return next_ == 0 || missing(next_ - 1).empty(); }, deadline_ns);
   if (own != Outcome::ok) return own;
-  for (const PeerState& peer : peers_) {
-    if (peer.asking) peer.asking->acknowledge(1);
-  }
+  finished_ = true;
+  tell_owners();
   const Outcome outcome = until(
       [&] {
         for (std::uint32_t q = 0; q < peers_.size(); ++q) {
-          if (q != config_.rank && server_->inbox().pulled(q) == 0 && !has_left(q)) return false;
+          if (q != config_.rank && !(server_->inbox().pulled(q) & 1) && !has_left(q)) return false;
         }
         return true;
       },
@@ -172,7 +184,7 @@ Outcome Lookup::finish(std::uint64_t deadline_ns) {
   if (outcome == Outcome::timeout) {
     std::string who;
     for (std::uint32_t q = 0; q < peers_.size(); ++q) {
-      if (q == config_.rank || server_->inbox().pulled(q) || has_left(q)) continue;
+      if (q == config_.rank || (server_->inbox().pulled(q) & 1) || has_left(q)) continue;
       who += (who.empty() ? "" : ", ") + std::to_string(q);
     }
     details_.text = "have not finished: ranks " + who;

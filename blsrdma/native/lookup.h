@@ -9,6 +9,8 @@
 // An owner is asked for pooled bags, or (Config::fetch) for rows as they are stored, which are pooled here: then rows that
 // occur twice are asked for once, and rows that are kept here (rows.h) not at all.
 //
+// An ask is answered wholly from one version of the tables (versions.h).
+//
 // One thread at a time calls a Lookup; its server has a thread of its own (serve.h), or serves within these calls.
 #pragma once
 
@@ -31,6 +33,7 @@
 #include "rows.h"
 #include "serve.h"
 #include "turn.h"
+#include "versions.h"
 #include "wait.h"
 
 namespace blsrdma {
@@ -57,6 +60,8 @@ class Lookup {
     std::uint64_t epoch = 0;
     bool allow_direct = true;
     bool checksums = false;
+    std::uint64_t version = 0;   // of the tables at the start
+    bool second_place = false;   // arenas of tables have room for another version
     bool read = false;           // get: read the rows of owners whose tables are mapped, and ask only the others
     bool fetch = false;          // ask for rows and pool them here
     bool dedupe = true;          // of these each once
@@ -76,9 +81,10 @@ class Lookup {
     PeerAddress tables;     // its arena of tables; no rkey: not to be read
   };
 
-  // `tables`: the same list on every rank; data of those that this rank owns.
+  // `tables`: the same list on every rank; data of those that this rank owns, which lie in `table_memory` where others may
+  // read them.
   Lookup(std::shared_ptr<Fabric> fabric, std::shared_ptr<Arena> requests, std::shared_ptr<Arena> responses,
-         std::vector<Table> tables, const Config& config);
+         std::shared_ptr<Arena> table_memory, std::vector<Table> tables, const Config& config);
   ~Lookup();  // after close(); else what peers may still write is leaked on purpose
   Lookup(const Lookup&) = delete;
   Lookup& operator=(const Lookup&) = delete;
@@ -99,6 +105,16 @@ class Lookup {
   // No more asks: serve the others until they say the same, or have left.
   Outcome finish(std::uint64_t deadline_ns);
 
+  // Another version of this rank's own tables, in two steps: wait for the place it may lie in, and when its rows are there,
+  // announce it. `rows`: for each of all tables, where this rank's own lie. Asks go on meanwhile from the version before.
+  // Versions rise; mismatch: another owner has loaded another one (details: its rank, a: its version).
+  Outcome make_room(std::uint64_t version, std::uint64_t deadline_ns, std::uint32_t& place);
+  bool load(std::uint64_t version, std::uint32_t place, const std::vector<const std::byte*>& rows);
+  std::uint64_t version() const { return version_; }  // of the newest ask, and of the next if nobody announces another
+  std::uint64_t loaded() const { return loaded_; }    // the newest of its own tables
+  std::vector<std::uint32_t> behind();  // ranks that load() waits for
+  bool retire_version();  // whether the one before is needed no more: then nothing reads it from here on
+
   const Details& details() const { return details_; }
   const Fault& fault() const { return fault_; }
   const AskStats& stats(std::uint32_t owner) const { return stats_[owner]; }
@@ -108,7 +124,7 @@ class Lookup {
   std::string transport(std::uint32_t peer) const;
   std::uint64_t silence_ns(std::uint32_t peer) const { return liveness_ ? liveness_->silence_ns(peer) : 0; }
   std::uint64_t next() const { return next_; }
-  const std::vector<Table>& tables() const { return tables_; }
+  const std::vector<Table>& tables() const { return tables_.at(place_); }
 
   // As Exchange::close.
   bool close(std::uint32_t code, std::uint32_t blamed, const std::string& text, std::uint64_t deadline_ns);
@@ -116,6 +132,7 @@ class Lookup {
  private:
   struct Ask {
     std::uint64_t number = 0;
+    std::uint64_t version = 0;
     std::vector<Part> parts;
     std::vector<const Part*> here;  // those that are pooled here
     std::uint32_t left = 0;  // owners that have not answered
@@ -165,6 +182,9 @@ class Lookup {
     std::vector<std::vector<std::byte>> staging;  // requests on their way, where they are put
     std::unique_ptr<Failure> failure;
     bool lost = false;               // it has failed, and all that was wanted of it, too
+    bool owns = false;               // some table
+    std::uint64_t announced = 0;     // the newest version that it has loaded
+    std::uint64_t moved = 0;         // the version that it has moved on to
   };
 
   Outcome fail(Outcome outcome, std::uint32_t rank, std::string text = "");
@@ -179,17 +199,24 @@ class Lookup {
   void consume(std::uint32_t owner, PeerState& peer);
   void write(std::uint32_t owner, PeerState& peer);
   void retire(PeerState& peer);
+  void give_up(std::uint32_t owner, const Part& part, Ask& ask);
   void lose(std::uint32_t owner, Outcome outcome, const std::string& text);
   void find_failures();
   Outcome until(const std::function<bool()>& done, std::uint64_t deadline_ns);
   void broken(std::uint32_t peer, std::string why);
   bool has_left(std::uint32_t peer) const;
-  void disconnect();
+  // Versions.
+  bool gone(std::uint32_t peer) const;
+  void look_at_versions(std::uint32_t peer);
+  void adopt();
+  void move_on();
+  void tell_owners();
 
   std::shared_ptr<Fabric> fabric_;
   std::shared_ptr<Arena> requests_arena_;
   std::shared_ptr<Arena> responses_arena_;
-  std::vector<Table> tables_;
+  std::shared_ptr<Arena> tables_arena_;  // or none
+  TableSets tables_;
   const Config config_;
   Inbox responses_;
   std::unique_ptr<Server> server_;
@@ -204,6 +231,13 @@ class Lookup {
   std::vector<std::unique_ptr<Ask>> spare_;
   Scratch scratch_;
   std::uint64_t next_ = 0;
+  std::uint32_t place_ = 0;        // of the version that is asked for
+  std::uint64_t version_ = 0;      // which one that is
+  std::uint64_t loaded_ = 0;       // of this rank's own tables the newest
+  bool owns_ = false;              // it has tables
+  bool moved_ = true;              // nothing is incomplete of the version before
+  bool finished_ = false;
+  std::uint64_t adopted_at_ = 0;   // the first ask of version_
   std::atomic<bool> busy_{false};
   std::uint64_t asked_ns_ = 0;
   std::uint64_t looked_ns_ = 0;  // for failures

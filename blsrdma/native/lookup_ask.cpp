@@ -14,6 +14,7 @@ bool Lookup::reads(const Table& table) const {
 
 // Wait until another ask may be open, and open it.
 Outcome Lookup::open_ask(std::uint64_t deadline_ns, Ask*& ask) {
+  adopt();
   const std::uint64_t bound = std::uint64_t{config_.lag} + 1;
   if (next_ >= bound) {
     const auto before = asks_.find(next_ - bound);
@@ -32,6 +33,7 @@ Outcome Lookup::open_ask(std::uint64_t deadline_ns, Ask*& ask) {
   }
   ask = mine.get();
   ask->number = next_++;
+  ask->version = version_;
   ask->parts.clear();
   ask->here.clear();
   ask->left = 0;
@@ -59,7 +61,7 @@ Lookup::Job& Lookup::job_for(PeerState& peer, Ask& ask) {
 
 // Find the rows of a part: kept here, in the cache, or to be fetched. If all are here, it is pooled at once.
 void Lookup::gather(const Part& part, Job& job) {
-  const Table& table = tables_[part.table];
+  const Table& table = tables()[part.table];
   KeptRows& kept = kept_[part.table];
   AskStats& stats = stats_[table.owner];
   const std::uint64_t first = part.first(), count = static_cast<std::uint64_t>(part.offsets[part.bags]) - first;
@@ -105,7 +107,7 @@ void Lookup::gather(const Part& part, Job& job) {
 
 void Lookup::pool_gathered(const Gather& gather) {
   const Part& part = *gather.part;
-  const Table& table = tables_[part.table];
+  const Table& table = tables()[part.table];
   scratch_.lengths.clear();
   for (std::uint64_t b = 0; b < part.bags; ++b) scratch_.lengths.push_back(static_cast<std::uint32_t>(part.length(b)));
   Pool job;
@@ -124,7 +126,8 @@ void Lookup::pool_gathered(const Gather& gather) {
 Outcome Lookup::keep(std::uint32_t number, const std::int64_t* rows, std::uint64_t count, std::uint64_t deadline_ns) {
   const Turn turn(busy_);
   if (!turn) return Outcome::concurrent;
-  const Table& table = tables_[number];
+  adopt();
+  const Table& table = tables()[number];
   std::vector<std::uint64_t> missing;
   for (std::uint64_t i = 0; i < count; ++i) {
     if (static_cast<std::uint64_t>(rows[i]) >= table.rows) {
@@ -165,7 +168,7 @@ Outcome Lookup::ask(const std::vector<Part>& parts, std::uint64_t deadline_ns, s
   const Turn turn(busy_);
   if (!turn) return Outcome::concurrent;
   for (const Part& part : parts) {
-    fault_ = check(part, tables_[part.table]);
+    fault_ = check(part, tables()[part.table]);
     if (fault_.kind != Fault::none) return fail(Outcome::bad_bags, config_.rank);
   }
   Ask* opened = nullptr;
@@ -175,7 +178,7 @@ Outcome Lookup::ask(const std::vector<Part>& parts, std::uint64_t deadline_ns, s
   number = ask.number;
   ask.parts = parts;
   for (const Part& part : ask.parts) {
-    const Table& table = tables_[part.table];
+    const Table& table = tables()[part.table];
     AskStats& stats = stats_[table.owner];
     stats.bags += part.bags;
     stats.rows += static_cast<std::uint64_t>(part.offsets[part.bags] - part.offsets[0]);
@@ -201,7 +204,14 @@ Outcome Lookup::ask(const std::vector<Part>& parts, std::uint64_t deadline_ns, s
     pump(q);
   }
   // One's own rows, while the others look theirs up.
-  for (const Part* part : ask.here) pool_here(*part, tables_[part->table], scratch_);
+  for (const Part* part : ask.here) pool_here(*part, tables()[part->table], scratch_);
+  for (const Part* part : ask.here) {
+    const std::uint32_t owner = tables()[part->table].owner;
+    if (owner == config_.rank || VersionWord(peers_[owner].mapped, place_).still(version_)) continue;
+    lose(owner, Outcome::peer_died, "it has put other tables where version " + std::to_string(version_) +
+                                        " was read: it takes this rank for gone");
+    give_up(owner, *part, ask);
+  }
   pump();
   return Outcome::ok;
 }

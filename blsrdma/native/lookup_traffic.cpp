@@ -26,6 +26,19 @@ void Lookup::broken(std::uint32_t peer, std::string why) {
   response_bell_->stirred();
 }
 
+// Bags of an owner that has failed: the ask fails, or they get default rows.
+void Lookup::give_up(std::uint32_t owner, const Part& part, Ask& ask) {
+  if (config_.degrade) {
+    for (std::uint64_t b = 0; b < part.bags; ++b) {
+      std::fill_n(part.out + b * part.stride, tables()[part.table].dim, config_.instead);
+    }
+    stats_[owner].degraded += part.bags;
+  } else if (ask.outcome == Outcome::ok) {
+    ask.outcome = peers_[owner].failure->outcome();
+    ask.details = {owner, ask.number, 0, 0, peers_[owner].failure->text()};
+  }
+}
+
 // Everything that is still wanted of an owner, now and later, fails; or gets default rows.
 void Lookup::lose(std::uint32_t owner, Outcome outcome, const std::string& text) {
   PeerState& peer = peers_[owner];
@@ -33,18 +46,11 @@ void Lookup::lose(std::uint32_t owner, Outcome outcome, const std::string& text)
   peer.lost = true;
   for (; peer.oldest < peer.end; ++peer.oldest) {
     Job& job = peer.jobs[peer.oldest % peer.jobs.size()];
-    Ask& ask = *job.ask;
-    --ask.left;
-    if (config_.degrade) {
-      for (const Part* part : job.parts) {
-        for (std::uint64_t b = 0; b < part->bags; ++b) {
-          std::fill_n(part->out + b * part->stride, tables_[part->table].dim, config_.instead);
-        }
-        stats_[owner].degraded += part->bags;
-      }
-    } else if (ask.outcome == Outcome::ok) {
-      ask.outcome = peer.failure->outcome();
-      ask.details = {owner, job.number, 0, 0, peer.failure->text()};
+    --job.ask->left;
+    for (const Part* part : job.parts) give_up(owner, *part, *job.ask);
+    if (job.parts.empty() && job.ask->outcome == Outcome::ok) {  // rows to be kept
+      job.ask->outcome = peer.failure->outcome();
+      job.ask->details = {owner, job.number, 0, 0, peer.failure->text()};
     }
   }
   peer.writing = peer.end;
@@ -82,11 +88,11 @@ void Lookup::write(std::uint32_t owner, PeerState& peer) {
     if (!to) to = peer.staging[peer.sent % peer.staging.size()].data();
     const std::uint64_t room = config_.requests.window_bytes, reply_room = config_.responses.window_bytes;
     const std::uint64_t bytes = job.rows
-                                    ? write_fetch(job.fetches, tables_, job.cursor, to, room, reply_room, slot.rows)
-                                    : write_query(job.parts, tables_, job.cursor, to, room, reply_room, slot.landings);
+                                    ? write_fetch(job.fetches, tables(), job.cursor, to, room, reply_room, slot.rows)
+                                    : write_query(job.parts, tables(), job.cursor, to, room, reply_room, slot.landings);
     slot.job = &job;
     ++job.in_flight;
-    Header header{peer.sent, bytes, 0, Header::kInline, config_.checksums ? checksum(to, bytes) : 0, 0};
+    Header header{peer.sent, bytes, job.ask->version, Header::kInline, config_.checksums ? checksum(to, bytes) : 0, 0};
     header.seal(config_.epoch);
     peer.asking->post(header, to, bytes);
     ++peer.sent;
@@ -154,8 +160,8 @@ void Lookup::retire(PeerState& peer) {
     for (std::size_t g = 0; job.rows && !job.failed && g < job.used; ++g) {
       const Gather& gather = job.gathers[g];
       pool_gathered(gather);
-      const Table& table = tables_[gather.part->table];
-      for (std::size_t k = 0; k < gather.missing.size(); ++k) {
+      const Table& table = tables()[gather.part->table];
+      for (std::size_t k = 0; job.ask->version == version_ && k < gather.missing.size(); ++k) {
         kept_[gather.part->table].insert(gather.missing[k], gather.buffer.get() + k * table.row_bytes);
       }
     }
@@ -181,6 +187,7 @@ void Lookup::pump(std::uint32_t owner) {
 // Take what has come, send what can be sent. Returns whether anything was served.
 bool Lookup::pump() {
   for (std::uint32_t q = 0; q < peers_.size(); ++q) pump(q);
+  move_on();
   return config_.serve_inline && server_->serve();
 }
 

@@ -110,6 +110,7 @@ NB_MODULE(_native, m) {
       .value("TAG_MISMATCH", Outcome::tag_mismatch)
       .value("CONCURRENT", Outcome::concurrent)
       .value("BAD_BAGS", Outcome::bad_bags)
+      .value("VERSION_MISMATCH", Outcome::version_mismatch)
       .value("REFUSED", Outcome::refused);
 
   nb::class_<Fabric>(m, "Fabric")

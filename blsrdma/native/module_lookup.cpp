@@ -184,9 +184,9 @@ void bind_lookup(nb::module_& m) {
   nb::class_<Lookup>(m, "Lookup")
       .def("__init__",
            [](Lookup* self, std::shared_ptr<Fabric> fabric, std::shared_ptr<Arena> requests, std::shared_ptr<Arena> responses,
-              const std::vector<TableTuple>& tables,
+              std::shared_ptr<Arena> table_memory, const std::vector<TableTuple>& tables,
               const std::pair<Geometry, Geometry>& geometry, std::uint32_t rank, std::uint32_t lag, std::uint64_t epoch,
-              bool direct, bool checksums, bool read, const std::tuple<bool, bool, std::uint64_t>& fetch, bool serve_inline, bool degrade,
+              std::pair<std::uint64_t, bool> version, bool direct, bool checksums, bool read, const std::tuple<bool, bool, std::uint64_t>& fetch, bool serve_inline, bool degrade,
               float instead, double share,
               std::int64_t keepalive_ns, const std::pair<std::uint32_t, std::uint32_t>& wait,
               const std::pair<std::uint32_t, std::uint32_t>& serving) {
@@ -196,6 +196,7 @@ void bind_lookup(nb::module_& m) {
              config.rank = rank;
              config.lag = lag;
              config.epoch = epoch;
+             std::tie(config.version, config.second_place) = version;
              config.allow_direct = direct;
              config.checksums = checksums;
              config.read = read;
@@ -208,9 +209,10 @@ void bind_lookup(nb::module_& m) {
              config.wait = {wait.first, wait.second};
              config.serving = {serving.first, serving.second};
              config.interrupted = interrupted;
-             new (self) Lookup(std::move(fabric), std::move(requests), std::move(responses), tables_of(tables), config);
+             new (self) Lookup(std::move(fabric), std::move(requests), std::move(responses), std::move(table_memory),
+                               tables_of(tables), config);
            },
-           "fabric"_a, "requests"_a, "responses"_a, "tables"_a, "geometry"_a, "rank"_a, "lag"_a, "epoch"_a, "direct"_a,
+           "fabric"_a, "requests"_a, "responses"_a, "table_memory"_a.none(), "tables"_a, "geometry"_a, "rank"_a, "lag"_a, "epoch"_a, "version"_a, "direct"_a,
            "checksums"_a, "read"_a, "fetch"_a, "serve_inline"_a, "degrade"_a, "instead"_a, "share"_a, "keepalive_ns"_a, "wait"_a,
            "serving"_a)
       .def("connect",
@@ -274,11 +276,29 @@ void bind_lookup(nb::module_& m) {
              return without_gil([&] { return self.finish(deadline(timeout_ns)); });
            },
            "timeout_ns"_a)
+      .def("make_room",
+           [](Lookup& self, std::uint64_t version, std::int64_t timeout_ns) {
+             std::uint32_t place = 0;
+             const int outcome = without_gil([&] { return self.make_room(version, deadline(timeout_ns), place); });
+             return std::pair(outcome, place);
+           },
+           "version"_a, "timeout_ns"_a)
+      .def("load",
+           [](Lookup& self, std::uint64_t version, std::uint32_t place, const std::vector<std::uintptr_t>& rows) {
+             std::vector<const std::byte*> addresses;
+             for (const std::uintptr_t each : rows) addresses.push_back(reinterpret_cast<const std::byte*>(each));
+             return self.load(version, place, addresses);
+           },
+           "version"_a, "place"_a, "rows"_a)
+      .def("behind", &Lookup::behind)
+      .def("retire_version", &Lookup::retire_version)
+      .def_prop_ro("version", &Lookup::version)
+      .def_prop_ro("loaded", &Lookup::loaded)
       .def_prop_ro("next", &Lookup::next)
       .def("details",
            [](const Lookup& self) {
              const Details& it = self.details();
-             return std::tuple(it.rank, it.iteration,
+             return std::tuple(it.rank, it.iteration, it.a,
                                nb::steal<nb::str>(PyUnicode_DecodeUTF8(it.text.data(), Py_ssize_t(it.text.size()), "replace")));
            })
       .def("fault",

@@ -53,6 +53,7 @@ struct Fault {
     index,      // no row of the table
     table,      // the owner has no such table
     malformed,  // the request's bytes are no request
+    version,    // the owner has no such version of its tables
   };
   Kind kind = none;
   std::uint32_t table_number = 0;

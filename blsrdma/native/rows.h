@@ -1,5 +1,5 @@
-// Rows of remote tables that this rank has: some for ever (hot ones), and a bounded cache of others. Exact, for tables do
-// not change.
+// Rows of remote tables that this rank has: some for ever (hot ones), and a bounded cache of others. Exact, for a version of
+// the tables does not change, and with another version all of them are got anew.
 #pragma once
 
 #include <cstddef>
@@ -85,14 +85,25 @@ class KeptRows {
   // The cache holds `capacity` rows at most; what has not been asked for lately makes room (second chance).
   void open(std::uint64_t row_bytes, std::uint64_t capacity) {
     row_bytes_ = row_bytes;
-    cached_.clear(capacity);
-    slots_.assign(capacity, Slot{});
+    empty_cache(capacity);
     bytes_.reset(capacity ? new std::byte[capacity * row_bytes] : nullptr);
   }
+  // The tables have another version: nothing is here any more, and the next insert() of a row that was kept for ever brings
+  // it back. What pinned() has said before stays where it is until let_go().
+  void renew() {
+    old_blocks_ = std::move(blocks_);
+    blocks_.clear();
+    blocks_.resize(old_blocks_.size());
+    here_.assign(pins_, false);
+    absent_ = pins_;
+    empty_cache(slots_.size());
+  }
+  void let_go() { old_blocks_.clear(); }
   // Keep these for ever, beside those kept already.
   void pin(std::uint64_t row, const std::byte* data) {
-    if (pinned(row)) return;
-    if (pins_ % kBlock == 0) blocks_.emplace_back(new std::byte[kBlock * row_bytes_]);
+    const std::uint32_t known = pins_ ? pinned_.find(row) : RowIndex::kNone;
+    if (known != RowIndex::kNone) return fill(known, data);
+    if (pins_ % kBlock == 0) blocks_.emplace_back();
     if (pins_ == room_) {  // index them anew, in a table twice as large
       room_ = room_ ? 2 * room_ : 1024;
       pinned_.clear(room_);
@@ -100,14 +111,15 @@ class KeptRows {
     }
     pinned_.find_or_add(row, static_cast<std::uint32_t>(pins_));
     pin_rows_.push_back(row);
-    std::memcpy(blocks_.back().get() + pins_ % kBlock * row_bytes_, data, row_bytes_);
-    ++pins_;
+    here_.push_back(false);
+    ++absent_;
+    fill(static_cast<std::uint32_t>(pins_++), data);
   }
   // Where a row is that is kept for ever, and stays; else nullptr.
   const std::byte* pinned(std::uint64_t row) const {
     if (!pins_) return nullptr;
     const std::uint32_t k = pinned_.find(row);
-    return k == RowIndex::kNone ? nullptr : blocks_[k / kBlock].get() + k % kBlock * row_bytes_;
+    return k == RowIndex::kNone || !here_[k] ? nullptr : blocks_[k / kBlock].get() + k % kBlock * row_bytes_;
   }
   // Where a cached row is, until the next insert(); else nullptr.
   const std::byte* cached(std::uint64_t row) {
@@ -118,6 +130,10 @@ class KeptRows {
     return bytes_.get() + k * row_bytes_;
   }
   void insert(std::uint64_t row, const std::byte* data) {
+    if (absent_) {
+      const std::uint32_t k = pinned_.find(row);
+      if (k != RowIndex::kNone) return fill(k, data);
+    }
     if (slots_.empty() || cached_.find(row) != RowIndex::kNone) return;
     while (slots_[hand_].full && slots_[hand_].used) {
       slots_[hand_].used = false;
@@ -130,9 +146,22 @@ class KeptRows {
     std::memcpy(bytes_.get() + hand_ * row_bytes_, data, row_bytes_);
     hand_ = (hand_ + 1) % slots_.size();
   }
-  std::uint64_t pins() const { return pins_; }
 
  private:
+  void fill(std::uint32_t k, const std::byte* data) {
+    if (here_[k]) return;
+    auto& block = blocks_[k / kBlock];
+    if (!block) block.reset(new std::byte[kBlock * row_bytes_]);
+    std::memcpy(block.get() + k % kBlock * row_bytes_, data, row_bytes_);
+    here_[k] = true;
+    --absent_;
+  }
+  void empty_cache(std::uint64_t capacity) {
+    cached_.clear(capacity);
+    slots_.assign(capacity, Slot{});
+    hand_ = 0;
+  }
+
   static constexpr std::uint64_t kBlock = 1024;
   struct Slot {
     std::uint64_t row = 0;
@@ -142,9 +171,10 @@ class KeptRows {
 
   std::uint64_t row_bytes_ = 0;
   RowIndex pinned_, cached_;
-  std::vector<std::unique_ptr<std::byte[]>> blocks_;  // of pinned rows: they never move
+  std::vector<std::unique_ptr<std::byte[]>> blocks_, old_blocks_;  // of pinned rows: they never move
   std::vector<std::uint64_t> pin_rows_;
-  std::uint64_t pins_ = 0, room_ = 0;
+  std::vector<bool> here_;  // whether a pinned row is of this version
+  std::uint64_t pins_ = 0, room_ = 0, absent_ = 0;
   std::vector<Slot> slots_;
   std::unique_ptr<std::byte[]> bytes_;
   std::uint64_t hand_ = 0;

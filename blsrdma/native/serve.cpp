@@ -20,8 +20,8 @@ void add(std::atomic<std::uint64_t>& to, std::uint64_t more) {  // one writer
 
 }  // namespace
 
-Server::Server(std::shared_ptr<Fabric> fabric, std::shared_ptr<Arena> requests, const std::vector<Table>& tables,
-               const Config& config, Unserved unserved, Wrong wrong)
+Server::Server(std::shared_ptr<Fabric> fabric, std::shared_ptr<Arena> requests, TableSets& tables, const Config& config,
+               Unserved unserved, Wrong wrong)
     : fabric_(std::move(fabric)),
       arena_(std::move(requests)),
       tables_(tables),
@@ -110,12 +110,15 @@ void Server::answer(std::uint32_t number, Client& client) {
     wrong = "its request does not match its checksum";
   }
   Answer answer;
-  if (wrong.empty()) {
-    answer = answer_query(inbox_.payload(n, number), header.length, tables_, config_.rank, client.carry, reply,
+  const std::vector<Table>* tables = wrong.empty() ? tables_.hold(header.tag) : nullptr;
+  if (tables) {
+    answer = answer_query(inbox_.payload(n, number), header.length, *tables, config_.rank, client.carry, reply,
                           config_.responses.window_bytes, scratch_);
+    tables_.let_go();
   } else {
     client.carry.active = false;
-    answer.fault.kind = Fault::malformed;
+    answer.fault.kind = wrong.empty() ? Fault::version : Fault::malformed;
+    answer.fault.value = static_cast<std::int64_t>(header.tag);
   }
   Header back{n, answer.bytes, kRows, Header::kInline, 0, 0};
   if (answer.fault.kind != Fault::none) {

@@ -16,6 +16,7 @@
 #include "channel.h"
 #include "inbox.h"
 #include "query.h"
+#include "versions.h"
 #include "wait.h"
 
 namespace blsrdma {
@@ -44,8 +45,8 @@ class Server {
   using Unserved = std::function<bool(std::uint32_t client)>;                   // it has died: nothing to be done for it
   using Wrong = std::function<void(std::uint32_t client, std::string what)>;    // it writes what no client writes
 
-  Server(std::shared_ptr<Fabric> fabric, std::shared_ptr<Arena> requests, const std::vector<Table>& tables,
-         const Config& config, Unserved unserved, Wrong wrong);
+  Server(std::shared_ptr<Fabric> fabric, std::shared_ptr<Arena> requests, TableSets& tables, const Config& config, Unserved unserved,
+         Wrong wrong);
   ~Server() { stop(); }
   Server(const Server&) = delete;
   Server& operator=(const Server&) = delete;
@@ -79,7 +80,7 @@ class Server {
 
   std::shared_ptr<Fabric> fabric_;
   std::shared_ptr<Arena> arena_;
-  const std::vector<Table>& tables_;
+  TableSets& tables_;
   const Config config_;
   Inbox inbox_;
   Unserved unserved_;

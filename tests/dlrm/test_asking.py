@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import os
 import signal
+import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 import torch
+from torch.distributed import HashStore
 
 import dlrm
 from dlrm.data.uniform import Uniform
 from dlrm.errors import OptionError
 from dlrm.options import parse
+from dlrm.placement import Piece, Placement
 from tests.dlrm.test_runs import digests, run, serve
 from tests.dlrm.test_serving import ROWS, SHAPE, SMALL
 from tests.ranks import run_ranks
@@ -103,6 +107,64 @@ def one_dies(rank: int, ranks: int, store: Store, degrade: bool) -> list[Any]:
             while os.path.exists(f"/proc/{store.get('pid').decode()}/fd"):  # noqa: PTH110 - until it is dead
                 pass
     return found
+
+
+def updated(rank: int, ranks: int, store: Store, mode: str) -> list[Any]:
+    """Each rank gets tables drawn from other seeds, at a batch of its own; what it predicts, and with which version."""
+    split = Placement(SHAPE.num_tables, ranks, ((Piece(0),), (Piece(1),)), (2,))
+    models = [dlrm.Model.build(SHAPE, rank, ranks, seed=seed, placement=split) for seed in (3, 4, 5)]
+    models = [models[0], *(replace(one, dense=models[0].dense) for one in models[1:])]
+    batches = Uniform(4, ROWS, rank, 5, False).batches(16, 100_000)
+    coming = [(1, models[1]), (2, models[2])]
+    fed = 0
+
+    def feed() -> Any:
+        nonlocal fed
+        for batch in batches:
+            fed += 1
+            yield batch
+            if fed > 30:
+                time.sleep(0.001)
+                if seen >= 2:
+                    return
+
+    def due() -> tuple[int, dlrm.Model] | None:
+        return coming.pop(0) if coming and fed > 4 * (rank + 1) else None
+
+    found, seen = [], 0
+    for predictions in dlrm.serve(
+        models[0],
+        feed(),
+        lag=2,
+        store=store,
+        exchange=mode,
+        input="sharded",
+        timeout=30.0,
+        updates=due,  # type: ignore[arg-type]
+    ):
+        found.append((predictions.version, predictions.logits.numpy()))
+        seen = predictions.version
+    return found
+
+
+@pytest.mark.parametrize("mode", ["put", pytest.param("get", marks=pytest.mark.slow)])
+def test_tables_are_replaced_between_batches(mode: str) -> None:
+    """Bits are those of one process with the tables of the version that the predictions name."""
+    results = run_ranks(updated, 2, mode, timeout=60)
+    singles = [dlrm.Model.build(SHAPE, 0, 1, seed=seed) for seed in (3, 4, 5)]
+    singles = [singles[0], *(replace(one, dense=singles[0].dense) for one in singles[1:])]
+    for rank, result in enumerate(results):
+        versions = [version for version, _ in result.value]
+        assert versions == sorted(versions)
+        assert (versions[0], versions[-1]) == (0, 2)
+        store = HashStore()
+        expected = [
+            [each.logits.numpy() for each in dlrm.serve(
+                single, Uniform(4, ROWS, rank, 5, False).batches(16, len(versions)), store=store, name=f"single {n}"
+            )] for n, single in enumerate(singles)
+        ]  # fmt: skip
+        for number, (version, logits) in enumerate(result.value):
+            assert (logits == expected[version][number]).all(), (rank, number, version)
 
 
 def with_pid(rank: int, ranks: int, store: Store, degrade: bool) -> list[Any]:

@@ -1,0 +1,92 @@
+"""How the ranks of a Lookup find together: what each says of itself, what cannot be, and the native core for it."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from blsrdma import hosts, request_windows
+from blsrdma.errors import MemoryLimitExceeded, SettingsError
+from blsrdma.lookup_tables import FORMATS
+from blsrdma.settings import default_memory_limit, format_size, timeout_ns
+from blsrdma.ucx import native
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from blsrdma.fabric import Fabric
+    from blsrdma.lookup_settings import LookupSettings
+    from blsrdma.lookup_store import OwnTables
+    from blsrdma.lookup_tables import TableFacts
+    from blsrdma.windows import WindowGeometry
+
+Geometries = tuple["WindowGeometry", "WindowGeometry"]
+
+
+def refuse_what_cannot_be(
+    settings: LookupSettings, geometry: Geometries, own: OwnTables, places: int, ranks: int
+) -> None:
+    """Raise SettingsError or MemoryLimitExceeded. `places`: for versions of the tables in registered memory."""
+    if settings.request_bytes < request_windows.LEAST_REQUEST_BYTES:
+        raise SettingsError(
+            f"request_bytes = {settings.request_bytes}: must be at least {request_windows.LEAST_REQUEST_BYTES}"
+        )
+    widest = max((facts.dim for facts in own.facts), default=0)
+    if settings.response_bytes < 4 * widest:
+        raise SettingsError(f"response_bytes = {settings.response_bytes}: must hold one pooled row, {4 * widest} bytes")
+    limit = settings.common.memory_limit
+    if limit is None:
+        limit = default_memory_limit(int(os.environ.get("LOCAL_WORLD_SIZE", ranks)))
+    windows = [each.arena_bytes for each in geometry]
+    rows = own.arena_bytes(places) if places else 0
+    if sum(windows) + rows > limit:
+        versions = " in two versions" if places > 1 else ""
+        raise MemoryLimitExceeded(
+            f"lookups need {format_size(sum(windows) + rows)} per rank ({format_size(windows[0])} of request "
+            f"windows, {format_size(windows[1])} of response windows, {format_size(rows)} of registered tables"
+            f"{versions}); memory_limit is {format_size(limit)}"
+        )
+
+
+def make_core(
+    fabric: Fabric, arenas: Sequence[native.Arena], tables: Sequence[TableFacts], own: OwnTables, geometry: Geometries,
+    rank: int, settings: LookupSettings, version: int, epoch: int, here: int,
+) -> native.Lookup:  # fmt: skip
+    """The native core, not connected. `arenas`: of requests, of responses and, maybe, of tables; `here`: ranks on this
+    host."""
+    common = settings.common
+    described = [
+        (facts.owner, facts.dim, FORMATS.index(facts.format), facts.rows, facts.offset, own.address(0, facts.table))
+        for facts in tables
+    ]
+    # Whoever spins takes a core from somebody who works, unless there are enough for a loop and a server of each.
+    free = 2 * here <= hosts.cores()
+    return native.Lookup(
+        fabric.native, arenas[0], arenas[1], arenas[2] if len(arenas) > 2 else None, described,
+        (_native(geometry[0]), _native(geometry[1])), rank, common.lag, epoch, (version, settings.updates),
+        common.direct, common.checksum, settings.mode != "put",
+        (settings.fetch == "rows", settings.dedupe, settings.cache_bytes), settings.serve == "inline",
+        settings.on_peer_failure == "degrade", settings.default_row, settings.serve_share,
+        timeout_ns(common.keepalive), (2000 if free else 0, 1000 if free else 20), (2000 if free else 0, 2),
+    )  # fmt: skip
+
+
+def _native(geometry: WindowGeometry) -> native.Geometry:
+    made = native.Geometry()
+    for field in ("ranks", "windows", "window_bytes", "window_stride", "control_offset", "windows_offset",
+                  "staging_offset", "arena_bytes"):  # fmt: skip
+        setattr(made, field, getattr(geometry, field))
+    return made
+
+
+def flat(blob: dict[str, Any]) -> dict[str, Any]:
+    """What a rank says of itself, for a rendezvous, which carries bytes at the top level only."""
+    top = {key: value for key, value in blob.items() if key != "arenas"}
+    top["arenas"] = len(blob["arenas"])
+    return top | {f"{key}/{n}": value for n, each in enumerate(blob["arenas"]) for key, value in each.items()}
+
+
+def deep(top: Mapping[str, Any]) -> dict[str, Any]:
+    """The same again."""
+    arenas = [{key: top[f"{key}/{n}"] for key in ("rkey", "base", "token")} for n in range(top["arenas"])]
+    return {**top, "arenas": arenas}
