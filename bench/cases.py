@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +14,14 @@ Sizes = NDArray[np.int64]  # [phase, source, destination] in bytes; iteration i 
 
 ZIPF_PHASES = 32
 ZIPF_RANKS = 64  # the largest message is 64 times the smallest
-ZIPF_MEAN = 64 * 1024
+DEFAULT_MEAN = 64 * 1024
+HEAVY = 8  # a heavy sender's or receiver's messages are so many times those of the others
+IRREGULAR = {
+    "zipf": "by Zipf's law, others in each iteration",
+    "sender": f"rank 0 sends {HEAVY} times as much as another",
+    "receiver": f"rank 0 gets {HEAVY} times as much as another",
+    "random": "anything from nothing to twice the mean, others in each iteration",
+}
 _ROW = 64  # irregular sizes are whole rows of 64 bytes, as embeddings are
 _SEED = 20251219
 
@@ -24,7 +30,7 @@ _SEED = 20251219
 class Case:
     """One line of a table.
 
-    bytes: '1K', or 'zipf' (mean 64 KiB), or 'zipf:MEAN'.
+    bytes: '1K', or one of IRREGULAR (mean 64 KiB), or that with a mean, 'zipf:4K'.
     self_message: 'view' (nobody copies the message to oneself; peers send themselves nothing) or 'copy' (all do).
     """
 
@@ -42,34 +48,38 @@ class Case:
 
 def sizes(case: Case) -> Sizes:
     """The sizes of all messages of the case; the same for every system, on every machine, in every run."""
-    mean = zipf_mean(case.bytes)
-    if mean is None:
-        return np.full((1, case.ranks, case.ranks), parse_size(case.bytes), np.int64)
-    return _zipf(case.ranks, mean)
+    kind, mean = pattern(case.bytes)
+    if kind == "zipf":
+        return _zipf(case.ranks, mean)
+    if kind == "random":
+        drawn = np.random.RandomState(_SEED).randint(0, 2 * mean + 1, (ZIPF_PHASES, case.ranks, case.ranks))
+        return np.asarray(drawn, np.int64) // _ROW * _ROW
+    if kind in ("sender", "receiver"):
+        return _heavy(case.ranks, mean, kind == "sender")
+    return np.full((1, case.ranks, case.ranks), mean, np.int64)
 
 
-def zipf_mean(text: str) -> int | None:
-    """The mean of an irregular case; None for a uniform one. Raises ValueError for what is neither."""
-    found = re.fullmatch(r"zipf(?::(.+))?", text.strip(), re.IGNORECASE)
-    if not found:
-        parse_size(text)
-        return None
-    return parse_size(found[1]) if found[1] else ZIPF_MEAN
+def pattern(text: str) -> tuple[str, int]:
+    """Which of IRREGULAR, '' for none, and the mean. Raises ValueError for what is neither."""
+    kind, _, mean = text.strip().lower().partition(":")
+    if kind in IRREGULAR:
+        return kind, parse_size(mean) if mean else DEFAULT_MEAN
+    return "", parse_size(text)
 
 
 def bytes_label(text: str) -> str:
     """'1K' as '1 KiB'; 'zipf' as 'zipf, mean 64 KiB'."""
-    mean = zipf_mean(text)
-    size = format_size(parse_size(text) if mean is None else mean).replace(".0 ", " ")
-    return size if mean is None else f"zipf, mean {size}"
+    kind, mean = pattern(text)
+    size = format_size(mean).replace(".0 ", " ")
+    return f"{kind}, mean {size}" if kind else size
 
 
 def size_option(text: str) -> str:
     """For argparse: sizes as they are written on the command line."""
     try:
-        zipf_mean(text)
+        pattern(text)
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is {error}, and not zipf or zipf:MEAN") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is {error}, and none of {', '.join(IRREGULAR)}") from None
     return text
 
 
@@ -77,6 +87,14 @@ def average_bytes(case: Case) -> float:
     """Mean size of a message to another rank."""
     table = sizes(case)
     return float(table[:, ~np.eye(case.ranks, dtype=bool)].mean()) if case.ranks > 1 else float(table.mean())
+
+
+def _heavy(ranks: int, mean: int, sender: bool) -> Sizes:
+    table = np.ones((1, ranks, ranks))
+    table[:, 0] = HEAVY
+    table *= mean / table[:, ~np.eye(ranks, dtype=bool)].mean() if ranks > 1 else mean
+    whole: Sizes = np.maximum(table.astype(np.int64) // _ROW, 1) * _ROW
+    return whole if sender else whole.transpose(0, 2, 1).copy()
 
 
 def _zipf(ranks: int, mean: int) -> Sizes:

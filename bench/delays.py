@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from dataclasses import asdict
-from pathlib import Path
 
-from tqdm import tqdm
-
-from bench import delay_report, environment, report, systems
-from bench.alltoallv import add_interpreters, begin
-from bench.cases import Case, size_option
-from bench.harness import Effort, Harness
+from bench import delay_report, measuring, report
+from bench.cases import Case
+from bench.harness import Effort
 from bench.launchers import Interpreters
-from bench.publish import add_options, publish
+from bench.publish import publish
 from dlrm import delays
 from dlrm.errors import OptionError
 
@@ -26,11 +21,18 @@ Delays are drawn once for each repetition, the same for every system, and counte
 is compared with the max-plus model of just these delays, in which the exchange costs what it costs the fastest system
 where nothing is delayed. Values are checked, every byte, before and after. Repetitions go round the systems.
 """
-_PLANS = ["none", "exp:p=0.1,mean=2ms", "lognormal:p=0.1,median=1ms,sigma=1", "rotate:every=10,time=10ms",
+PLANS = ["none", "exp:p=0.1,mean=2ms", "lognormal:p=0.1,median=1ms,sigma=1", "rotate:every=10,time=10ms",
           "slow:time=1ms", "pause:every=50,time=20ms"]  # fmt: skip
-_SYSTEMS = ["bls", "gloo", "gloo-nb", "mpich", "mpich-nb", "openmpi", "openmpi-nb"]
-_FULL = {"ranks": [2, 4, 8], "lags": [0, 1, 2, 4, 8, 16], "repeat": 5, "seconds": 0.25, "iterations": 500}
-_QUICK = {"ranks": [4], "lags": [0, 8], "repeat": 2, "seconds": 0.04, "iterations": 150}
+SYSTEMS = ["bls", "gloo", "gloo-nb", "mpich", "mpich-nb", "openmpi", "openmpi-nb"]
+_FULL = {
+    "ranks": [2, 4, 8],
+    "bytes": ["64K", "zipf"],
+    "lags": [0, 1, 2, 4, 8, 16],
+    "repeat": 5,
+    "seconds": 0.25,
+    "iterations": 500,
+}
+_QUICK = {"ranks": [4], "bytes": ["64K", "zipf"], "lags": [0, 8], "repeat": 2, "seconds": 0.04, "iterations": 150}
 EXAMPLES = """\
 examples:
   python -m bench delays --quick                                         a first look, some minutes
@@ -48,62 +50,31 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.set_defaults(run=run)
-    parser.add_argument("--ranks", type=int, nargs="+", help="numbers of ranks (2 4 8; 4 with --quick)")
-    parser.add_argument("--bytes", type=size_option, nargs="+", default=["64K", "zipf"],
-                        help="to each peer; zipf or zipf:MEAN for irregular ones (64K zipf)")  # fmt: skip
-    parser.add_argument("--lags", type=int, nargs="+", help="(0 1 2 4 8 16; 0 8 with --quick)")
-    parser.add_argument("--delay", type=_plan, nargs="+", default=_PLANS, metavar="PLAN",
-                        help=f"see below; none is always among them ({' '.join(_PLANS[1:])})")  # fmt: skip
-    parser.add_argument("--systems", nargs="+", choices=list(systems.SYSTEMS), default=_SYSTEMS, metavar="SYSTEM",
-                        help=f"those of alltoallv ({' '.join(_SYSTEMS)})")  # fmt: skip
-    parser.add_argument("--repeat", type=int, help="repetitions (5; 2 with --quick)")
+    measuring.add_options(parser, "delays", "0 1 2 4 8 16; 0 8 with --quick", SYSTEMS)
+    parser.add_argument("--delay", type=_plan, nargs="+", default=PLANS, metavar="PLAN",
+                        help=f"see below; none is always among them ({' '.join(PLANS[1:])})")  # fmt: skip
     parser.add_argument("--iterations", type=int, help="of one delayed repetition (500; 150 with --quick)")
-    parser.add_argument("--seconds", type=float, help="of one undelayed repetition (0.25; 0.04 with --quick)")
-    parser.add_argument("--quick", action="store_true", help="little time")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything, after each case")
-    parser.add_argument("--resume", action="store_true", help="keep the cases that FILE already has")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="write a picture")
-    add_options(parser, "delays")
-    add_interpreters(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     """Exit status 1 when a system failed (not when it is absent)."""
-    for name, value in (_QUICK if options.quick else _FULL).items():
-        if getattr(options, name) is None:
-            setattr(options, name, value)
+    measuring.fill_in(options, _QUICK if options.quick else _FULL)
     effort = Effort(options.repeat, options.seconds, options.iterations)
     plans = dict.fromkeys(["none", *options.delay])
     cases = [
         Case(ranks, size, lag, delay=plan)
         for ranks in options.ranks for size in options.bytes for plan in plans for lag in options.lags
     ]  # fmt: skip
-    results = begin(options, {"systems": options.systems} | asdict(effort))
-    for warning in environment.disturbed(results.environment["busy_before"]):
-        print(warning, file=sys.stderr)
-    done = set(results.cases())
-    cases = [case for case in cases if case not in done]
+    results = measuring.begin(options, {"systems": options.systems} | asdict(effort))
+    interpreters = Interpreters(options.mpich_python, options.openmpi_python)
+    measuring.measure(results, cases, options.systems, effort, interpreters, options.json)
+    if results.measurements:
+        publish(options, results.command, report.about(results), delay_report.tables(results))
+        if options.plot:
+            from bench.delay_plot import draw
 
-    def save() -> None:
-        if options.json:
-            results.save(options.json)
-
-    with tqdm(total=len(cases) * len(options.systems) * effort.repeat, unit="block", disable=None, leave=False) as bar:
-        harness = Harness(
-            results, options.systems, effort, Interpreters(options.mpich_python, options.openmpi_python),
-            report=lambda text: bar.write(text, file=sys.stderr), step=bar.update,
-        )  # fmt: skip
-        harness.run(cases, done=save)
-    results.environment["load_after"] = environment.load()
-    save()
-    if not results.measurements:
-        return 1
-    publish(options, results.command, report.about(results), delay_report.tables(results))
-    if options.plot:
-        from bench.delay_plot import draw
-
-        draw(results, options.plot)
-    return int(any("failed at" in reason for reason in results.skipped.values()))
+            draw(results, options.plot)
+    return int(measuring.failed(results))
 
 
 def _plan(text: str) -> str:

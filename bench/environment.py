@@ -43,10 +43,25 @@ def load() -> float:
 
 
 def busy_seconds() -> float:
-    """Processor time of all processes and the kernel since boot."""
-    fields = [int(ticks) for ticks in Path("/proc/stat").read_text().splitlines()[0].split()[1:]]
-    user, nice, system, _, _, irq, softirq, steal = fields[:8]
+    """Processor time of all processes and the kernel since boot, and what the hypervisor has taken."""
+    user, nice, system, _, _, irq, softirq, steal = _stat()
     return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+
+
+def stolen_seconds() -> float:
+    """Processor time that the hypervisor has given to others since boot; counted as busy, too."""
+    return _stat()[7] / os.sysconf("SC_CLK_TCK")
+
+
+def noisy(others: float, seconds: float) -> bool:
+    """Whether a block of so many seconds, in which others kept `others` cores busy, is better measured again: it was
+    more than BUSY, beyond what may be the clock's own ticks."""
+    return others > BUSY + 2 * cores() / os.sysconf("SC_CLK_TCK") / max(seconds, 1e-3)
+
+
+def _stat() -> list[int]:
+    """Ticks of all processors together, by kind."""
+    return [int(ticks) for ticks in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
 
 
 def busy_cores(seconds: float = 0.5) -> float:

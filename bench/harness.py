@@ -10,11 +10,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count
 
 from bench.cases import Case, sizes
-from bench.environment import busy_seconds, cores
+from bench.environment import busy_seconds, cores, noisy, stolen_seconds
 from bench.launchers import Interpreters, Unavailable, plan
 from bench.results import Measurement, Results
 from bench.summary import chunk_times
@@ -34,6 +34,8 @@ class Effort:
     repeat: int = 5
     seconds: float = 0.25  # of one block of one system
     iterations: int = 500  # of one block with delays
+    longer: dict[str, int] = field(default_factory=dict)  # the same for some plans of delays
+    again: int = 0  # so many blocks in all may be measured anew, where others disturbed them
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ class Harness:
         self.report, self.step = report, step
         self._teams: dict[str, Team] = {}
         self._names = count()
+        self._again = effort.again
 
     def run(self, cases: Iterable[Case], done: Callable[[], None] = lambda: None) -> None:
         """`done` is called after each case."""
@@ -120,7 +123,7 @@ class Harness:
                 system = order[(k + repetition) % len(order)]
                 if SYSTEMS[system].runtime in self._teams:
                     with self._guarded(case, system):
-                        (self._time if case.delay == "none" else self._time_delayed)(running[system])
+                        self._block(running[system])
                 self.step()
         for system, run in running.items():
             if SYSTEMS[system].runtime in self._teams:
@@ -147,9 +150,8 @@ class Harness:
         checked = team.call("verify", name=job, turns=max(len(table), 2 * depth) + 1)
         checked_bytes = sum(reply["checked_bytes"] for reply in checked)
         if case.delay != "none":
-            return _Running(
-                team, job, Measurement(case, system, self.effort.iterations, checked_bytes=checked_bytes), 1
-            )
+            turns = self.effort.longer.get(case.delay, self.effort.iterations)
+            return _Running(team, job, Measurement(case, system, turns, checked_bytes=checked_bytes), 1)
         turns, per_turn = 2 * depth, 0.0
         for _ in range(3):  # until a chunk is long enough to tell
             replies = team.call("time", name=job, warm=depth, chunks=3, turns=turns, read=case.read)
@@ -163,30 +165,42 @@ class Harness:
         result = Measurement(case, system, turns, checked_bytes=checked_bytes)
         return _Running(team, job, result, chunks)
 
-    def _time(self, run: _Running) -> None:
+    def _block(self, run: _Running) -> None:
+        """One repetition; measured anew where others disturbed it, as long as the effort allows."""
+        while True:
+            began, busy, stolen = time.monotonic(), busy_seconds(), stolen_seconds()
+            cpu_seconds, iterations = (self._time if run.result.case.delay == "none" else self._time_delayed)(run)
+            busy, wall = busy_seconds() - busy, time.monotonic() - began
+            others = max(0.0, (busy - cpu_seconds) / wall)
+            if self._again and noisy(others, wall):
+                self._again -= 1
+                run.result.disturbed.append(others)
+                run.result.samples.pop()
+                del run.result.stalls[len(run.result.samples) :]
+                continue
+            run.result.cpu_ns.append(cpu_seconds * 1e9 / iterations)
+            run.result.others.append(others)
+            run.result.stolen.append(max(0.0, (stolen_seconds() - stolen) / wall))
+            return
+
+    def _time(self, run: _Running) -> tuple[float, int]:
+        """Adds samples; returns processor seconds of all ranks, and iterations."""
         turns, case = run.result.turns, run.result.case
         warm = max(2 * (case.lag + 1), turns // 2)
-        began, busy = time.monotonic(), busy_seconds()
         replies = run.team.call("time", name=run.job, warm=warm, chunks=run.chunks, turns=turns, read=case.read)
-        busy, wall = busy_seconds() - busy, time.monotonic() - began
         run.result.samples.append(chunk_times([reply["stamps"] for reply in replies], turns))
-        cpu_seconds = sum(reply["cpu_seconds"] for reply in replies)
-        run.result.cpu_ns.append(cpu_seconds * 1e9 / (warm + run.chunks * turns))
-        run.result.others.append(max(0.0, (busy - cpu_seconds) / wall))
+        return sum(reply["cpu_seconds"] for reply in replies), warm + run.chunks * turns
 
-    def _time_delayed(self, run: _Running) -> None:
+    def _time_delayed(self, run: _Running) -> tuple[float, int]:
+        """The same under delays."""
         case, turns, repetition = run.result.case, run.result.turns, len(run.result.samples)
         stalls = delays.parse(case.delay, repetition).table(case.ranks, turns)  # the same for every system
-        began, busy = time.monotonic(), busy_seconds()
         warm = 2 * (case.lag + 1)
         replies = run.team.call("delayed", name=run.job, warm=warm, stalls=stalls.tolist())
-        busy, wall = busy_seconds() - busy, time.monotonic() - began
         took = max(reply["done"] for reply in replies) - min(reply["begun"] for reply in replies)
         run.result.samples.append([took / turns])
         run.result.stalls.append([reply["slept"] for reply in replies])
-        cpu_seconds = sum(reply["cpu_seconds"] for reply in replies)
-        run.result.cpu_ns.append(cpu_seconds * 1e9 / (warm + turns))
-        run.result.others.append(max(0.0, (busy - cpu_seconds) / wall))
+        return sum(reply["cpu_seconds"] for reply in replies), warm + turns
 
     def _end(self, run: _Running) -> None:
         # Values once more, after the timed parts: what was timed still works.

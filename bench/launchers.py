@@ -66,7 +66,11 @@ def plan(runtime: str, ranks: int, cores: int, interpreters: Interpreters, trans
         return _torch(runtime, ranks, common | (TRANSPORTS[transport] if runtime.startswith("bls") else {}))
     if runtime == "mpich":
         return _mpich(ranks, cores, interpreters.find("mpich"), common)
-    return _openmpi(runtime, ranks, cores, interpreters.find("openmpi"), common)
+    python = interpreters.find("openmpi")
+    if runtime == "openmpi-dlrm":  # which needs torch, too: this Python, with that one's launcher and mpi4py
+        common["PYTHONPATH"] += os.pathsep + _packages(python)
+        return _openmpi(runtime, ranks, cores, launcher(python), sys.executable, common)
+    return _openmpi(runtime, ranks, cores, launcher(python), python, common)
 
 
 def _torch(runtime: str, ranks: int, common: dict[str, str]) -> Launch:
@@ -75,7 +79,7 @@ def _torch(runtime: str, ranks: int, common: dict[str, str]) -> Launch:
 
         if (gpus := torch.cuda.device_count()) < ranks:
             raise Unavailable(f"NCCL wants one GPU for each rank: {ranks} ranks, {gpus} GPUs")
-    extra = {"GLOO_SOCKET_IFNAME": "lo"} if runtime in ("bls-torch", "gloo") else {}
+    extra = {"GLOO_SOCKET_IFNAME": "lo"}  # of bls too, which may run a model over gloo
     command = [sys.executable, "-m", "bench.rank", runtime]
     # The resolver is asked for the name of every address; where no name server answers, each question takes 5 s.
     return Launch(command, True, common | extra | {"RES_OPTIONS": os.environ.get("RES_OPTIONS", "timeout:1")})
@@ -87,7 +91,7 @@ def _mpich(ranks: int, cores: int, python: str, common: dict[str, str]) -> Launc
     return Launch(command, False, common | settings, [f"{name}={value}" for name, value in settings.items()])
 
 
-def _openmpi(runtime: str, ranks: int, cores: int, python: str, common: dict[str, str]) -> Launch:
+def _openmpi(runtime: str, ranks: int, cores: int, mpiexec: Path, python: str, common: dict[str, str]) -> Launch:
     # Told to oversubscribe, Open MPI yields; else it spins, which is faster while every rank has a core and a
     # catastrophe (a scheduler slice for every message) when not.
     crowded = ranks > cores
@@ -98,7 +102,7 @@ def _openmpi(runtime: str, ranks: int, cores: int, python: str, common: dict[str
     else:
         options += ["--mca", "pml", "ob1", "--mca", "btl", "self,sm"]
     root = ["--allow-run-as-root"] if os.geteuid() == 0 else []
-    command = [str(launcher(python)), *root, *options, "-n", str(ranks), python, "-m", "bench.rank", runtime]
+    command = [str(mpiexec), *root, *options, "-n", str(ranks), python, "-m", "bench.rank", runtime]
     exports = [item for name in common for item in ("-x", name)]
     command[1:1] = exports
     return Launch(command, False, common, [" ".join(options)])
@@ -106,6 +110,13 @@ def _openmpi(runtime: str, ranks: int, cores: int, python: str, common: dict[str
 
 def _python_path() -> str:
     return os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+
+
+def _packages(python: str) -> str:
+    """Where an interpreter has mpi4py."""
+    code = "import importlib.util; print(importlib.util.find_spec('mpi4py').origin)"
+    found = subprocess.run([python, "-c", code], capture_output=True, text=True, timeout=60, check=True).stdout
+    return str(Path(found.strip()).parent.parent)
 
 
 def _has(python: str, *packages: str) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench.cases import Case, bytes_label, zipf_mean
+from bench.cases import Case, bytes_label, pattern
 from bench.results import Results
 from bench.systems import SYSTEMS
 
@@ -65,7 +65,7 @@ def finish(figure: Figure, grid: NDArray[Any], results: Results, path: Path, not
 
 def _panel(axes: Axes, results: Results, cases: list[Case]) -> None:
     places = {case.bytes: x for x, case in enumerate(cases)}
-    uniform = [x for case, x in places.items() if zipf_mean(case) is None]
+    uniform = [x for case, x in places.items() if not pattern(case)[0]]
     irregular = [x for x in places.values() if x not in uniform]
     for number, system in enumerate(results.systems()):
         points = [(places[c.bytes], m.summary) for c in cases if (m := results.of(c).get(system))]

@@ -7,6 +7,8 @@
     one:p=0.02,time=50ms                the last rank, at random
     pause:every=200,time=20ms           each rank once in every 200 iterations, at a place of its own: as a garbage
                                         collector does
+    all:time=1ms                        every rank, in each iteration: as work of its own would take
+    all:time=1ms+exp:p=0.1,mean=2ms     plans may be added up
 
 A plan is a pure function of seed, rank and iteration, so the same run delays the same ranks at the same iterations.
 """
@@ -131,13 +133,36 @@ class Pauses(Delay):
         return np.where(place == np.floor(chosen[period - period[:1]] * self.every), self.time, 0.0)
 
 
+@dataclass(frozen=True)
+class Work(Delay):
+    """Every rank takes `time` seconds, in each iteration."""
+
+    time: float
+
+    def row(self, rank: int, first: int, count: int, ranks: int) -> Seconds:  # noqa: ARG002 - see Delay
+        """See `Delay.row`."""
+        return np.full(count, self.time)
+
+
+@dataclass(frozen=True)
+class Sum(Delay):
+    """Plans one after the other, in the same iteration."""
+
+    plans: tuple[Delay, ...]
+
+    def row(self, rank: int, first: int, count: int, ranks: int) -> Seconds:
+        """See `Delay.row`."""
+        rows: Seconds = np.sum([plan.row(rank, first, count, ranks) for plan in self.plans], axis=0)
+        return rows
+
+
 _WANTED = {
     "exp": {"p", "mean"}, "lognormal": {"p", "median", "sigma"}, "rotate": {"every", "time"}, "slow": {"time"},
-    "one": {"p", "time"}, "pause": {"every", "time"},
+    "one": {"p", "time"}, "pause": {"every", "time"}, "all": {"time"},
 }  # fmt: skip
 _KNOWN = (
     "exp:p=0.1,mean=2ms, lognormal:p=0.1,median=1ms,sigma=1, rotate:every=10,time=10ms, slow:time=1ms, "
-    "one:p=0.02,time=50ms or pause:every=200,time=20ms"
+    "one:p=0.02,time=50ms, pause:every=200,time=20ms or all:time=1ms, or several of them with + between"
 )
 
 
@@ -145,6 +170,8 @@ def parse(text: str, seed: int) -> Delay:
     """The plan that --delay describes. Raises OptionError naming what is wrong."""
     if text in ("", "none"):
         return NoDelay()
+    if "+" in text:
+        return Sum(tuple(parse(one, seed) for one in text.split("+")))
     kind, _, rest = text.partition(":")
     words = dict(word.partition("=")[::2] for word in rest.split(",") if word)
     if set(words) != _WANTED.get(kind):
@@ -165,6 +192,8 @@ def parse(text: str, seed: int) -> Delay:
         return LogNormal(p, times["median"], sigma, seed)
     if kind == "rotate":
         return Rotating(int(every), times["time"])
+    if kind == "all":
+        return Work(times["time"])
     if kind == "pause":
         return Pauses(int(every), times["time"], seed)
     return LastRank(p, times["time"], seed)  # slow is one with p = 1

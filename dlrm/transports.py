@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from abc import ABC, abstractmethod
 from contextlib import contextmanager
@@ -68,8 +69,10 @@ def opened(
     same ones in the same order."""
     refuse(backend, ranks)
     if backend == "mpi":
+        ours = "mpi4py.MPI" not in sys.modules  # who has brought MPI up takes it down
         yield _mpi(rank, ranks)
-        _finalize_mpi()  # not after an error, when the others would be waited for: mpiexec ends them
+        if ours:
+            _finalize_mpi()  # not after an error, when the others would be waited for: mpiexec ends them
         return
     import torch.distributed as dist
 

@@ -37,6 +37,6 @@ SYSTEMS = {
 
 # The module of bench.systems that serves a runtime.
 MODULES = {"bls": "ours", "bls-torch": "torch_group", "gloo": "torch_group", "nccl": "torch_group"}
-MODULES |= {"mpich": "mpi", "openmpi": "mpi", "openmpi-ucx": "mpi"}
+MODULES |= {"mpich": "mpi", "openmpi": "mpi", "openmpi-ucx": "mpi", "openmpi-dlrm": "mpi"}
 
 DEFAULT = ["bls", "bls-copy", "gloo", "mpich", "mpich-nb", "openmpi", "openmpi-nb"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from bench.cases import ZIPF_RANKS, Case, average_bytes, bytes_label, sizes, zipf_mean
+from bench.cases import HEAVY, ZIPF_RANKS, Case, average_bytes, bytes_label, sizes, pattern
 
 
 def test_uniform_sizes() -> None:
@@ -33,14 +33,32 @@ FIRST = [
 ]
 
 
+RANDOM = [86912, 59520, 35968, 28608]
+
+
 def test_zipf_sizes_never_change() -> None:
     table = sizes(Case(4, "zipf", 0))
     assert table[0].tolist() == sizes(Case(4, "zipf", 7, "copy"))[0].tolist()
     assert table[0].tolist() == FIRST  # a change makes all earlier numbers incomparable
 
 
+def test_a_heavy_sender_and_a_heavy_receiver() -> None:
+    table = sizes(Case(4, "sender", 0))
+    assert table.shape == (1, 4, 4)
+    assert abs(table[0, 0, 1] / table[0, 1, 0] - HEAVY) < 0.05
+    assert abs(average_bytes(Case(4, "sender", 0)) / 65536 - 1) < 0.01
+    assert (sizes(Case(4, "receiver", 0))[0] == table[0].T).all()
+
+
+def test_random_sizes_have_their_mean_and_never_change() -> None:
+    table = sizes(Case(4, "random", 0))
+    assert abs(average_bytes(Case(4, "random", 0)) / 65536 - 1) < 0.1
+    assert 0 <= table.min() < 4096 and 120_000 < table.max() <= 131072  # noqa: PT018
+    assert table[0, 0].tolist() == RANDOM
+
+
 def test_bytes() -> None:
-    assert (zipf_mean("1K"), zipf_mean("zipf"), zipf_mean("zipf:1M")) == (None, 65536, 1 << 20)
+    assert [pattern(text) for text in ("1K", "zipf", "sender:1M")] == [("", 1024), ("zipf", 65536), ("sender", 1 << 20)]
     assert (bytes_label("1K"), bytes_label("zipf")) == ("1 KiB", "zipf, mean 64 KiB")
     with pytest.raises(ValueError, match="size"):
-        zipf_mean("much")
+        pattern("much")

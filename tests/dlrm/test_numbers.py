@@ -73,7 +73,7 @@ def test_each_rank_pauses_once_in_each_period() -> None:
 @pytest.mark.parametrize(
     "text",
     ["none", "exp:p=0.3,mean=2ms", "lognormal:p=0.5,median=1ms,sigma=1", "rotate:every=3,time=1ms", "slow:time=2ms",
-     "one:p=0.5,time=3ms", "pause:every=7,time=1ms"],
+     "one:p=0.5,time=3ms", "pause:every=7,time=1ms", "all:time=1ms", "all:time=1ms+exp:p=0.3,mean=2ms+slow:time=1ms"],
 )  # fmt: skip
 def test_a_row_from_anywhere_is_what_each_iteration_says(text: str) -> None:
     plan = delays.parse(text, 5)
@@ -81,6 +81,12 @@ def test_a_row_from_anywhere_is_what_each_iteration_says(text: str) -> None:
     assert times.tolist() == [[plan.seconds(rank, i, 3) for i in range(40)] for rank in range(3)]
     assert plan.row(2, 11, 9, 3).tolist() == times[2, 11:20].tolist()
     assert plan.row(2, 11, 0, 3).shape == (0,)
+
+
+def test_plans_add_up() -> None:
+    parts = [delays.parse(text, 5).table(3, 40) for text in ("all:time=1ms", "exp:p=0.3,mean=2ms")]
+    assert (parts[0] == 1e-3).all()
+    assert (delays.parse("all:time=1ms+exp:p=0.3,mean=2ms", 5).table(3, 40) == sum(parts)).all()
 
 
 def test_no_delay() -> None:
@@ -102,6 +108,7 @@ def test_no_delay() -> None:
         ("slow:every=2,time=1ms", "not understood"),
         ("one:p=-1,time=1ms", "between 0 and 1"),
         ("pause:every=1.5,time=1ms", ">= 1"),
+        ("all:time=1ms+never", "not understood"),
     ],
 )
 def test_bad_plans_are_refused(text: str, says: str) -> None:
