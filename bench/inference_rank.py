@@ -25,6 +25,11 @@ CHECKED_BATCHES = 4
 _workers: dict[str, Worker] = {}
 
 
+def worker(name: str) -> Worker:
+    """That `load` has made."""
+    return _workers[name]
+
+
 def load(runtime: Ours, _progress: Callable[[int], None], name: str, flags: list[str], alone: bool) -> Message:
     """Build a rank's part of a model, or all of it in each process."""
     rank, ranks = (0, 1) if alone else (runtime.rank, runtime.ranks)

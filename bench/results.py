@@ -77,7 +77,12 @@ class Results:
 
     @staticmethod
     def load(path: Path) -> Results:
-        data = json.loads(path.read_text())
+        return Results.of_values(json.loads(path.read_text()))
+
+    @staticmethod
+    def of_values(data: dict[str, Any]) -> Results:
+        """From what asdict has made of them."""
+        data = dict(data)
         measurements = [Measurement(**{**m, "case": Case(**m["case"])}) for m in data.pop("measurements")]
         return Results(measurements=measurements, **data)
 

@@ -62,3 +62,25 @@ def per_iteration(
         raise ValueError(f"work has no iterations: its shape is {np.shape(work)}")
     last: NDArray[np.float64] = ends(work, lags, cost, delivery).max(axis=-1)
     return last / iterations
+
+
+def latencies(work: ArrayLike, arrivals: ArrayLike, lag: float, cost: float = 0.0) -> NDArray[np.float64]:
+    """Open loop: seconds from the arrival of each iteration's input to its result, as early as possible: the same shape
+    as work, (ranks, iterations).
+
+    arrivals: seconds, (iterations,) or (ranks, iterations), increasing. A rank begins when it has ended what came
+    before, the input is there, and the lag allows. The result is there when all ranks have ended the iteration, whose
+    messages it needs; at lag infinity, where nobody waits for another's loop, when the rank itself has.
+    """
+    spent = np.asarray(work, np.float64) + cost
+    came = np.broadcast_to(np.asarray(arrivals, np.float64), spent.shape)
+    ended = np.zeros_like(spent)
+    own = np.zeros(len(spent))
+    for i in range(spent.shape[1]):
+        begin = np.maximum(own, came[:, i])
+        if i > lag:
+            begin = np.maximum(begin, ended[:, i - int(lag) - 1].max())
+        own = ended[:, i] = begin + spent[:, i]
+    ready = ended if lag == inf else ended.max(axis=0)
+    result: NDArray[np.float64] = ready - came
+    return result
