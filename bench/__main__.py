@@ -9,6 +9,7 @@ from pathlib import Path
 
 from bench import advise, alltoallv, delays, inference, lookups, peers, quiet, report, scale, stress
 from bench.limits import command as limits
+from bench.paper import command as paper
 from bench.publish import add_options, publish
 from bench.results import Results
 
@@ -22,6 +23,7 @@ start here:
   python -m bench peers                  set up MPICH and Open MPI, once (in .venv-mpich and .venv-openmpi)
   python -m bench alltoallv --quick      every system, half a minute
   python -m bench delays --quick         the same while ranks are delayed, next to the model, minutes
+  python -m bench paper --quick          all experiments, a quarter of an hour, and a report
   python -m bench limits                 what this machine could do at best
   python -m bench lookups --quick        lookups with a collective and without
   python -m bench stress --quick         random everything, verified
@@ -42,6 +44,7 @@ def main() -> int:
     lookups.add(commands)
     quiet.add(commands)
     limits.add(commands)
+    paper.add(commands)
     scale.add(commands)
     stress.add(commands)
     peers.add(commands)

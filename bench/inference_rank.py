@@ -18,6 +18,7 @@ from dlrm.worker import Worker
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from bench.systems.base import Runtime
     from bench.systems.ours import Ours
 
 TOLERANCE = 1e-4  # of probabilities, ours against plain torch's
@@ -30,7 +31,7 @@ def worker(name: str) -> Worker:
     return _workers[name]
 
 
-def load(runtime: Ours, _progress: Callable[[int], None], name: str, flags: list[str], alone: bool) -> Message:
+def load(runtime: Runtime, _progress: Callable[[int], None], name: str, flags: list[str], alone: bool) -> Message:
     """Build a rank's part of a model, or all of it in each process."""
     rank, ranks = (0, 1) if alone else (runtime.rank, runtime.ranks)
     _workers[name] = worker = Worker(parse(flags), rank, ranks)

@@ -38,10 +38,10 @@ class Table:
         return "\n".join([*lines, "", *(note + "  " for note in self.notes)]).rstrip() + "\n"
 
 
-def console() -> Console:
+def console(stderr: bool = False) -> Console:
     """As wide as the terminal; wide where there is none, so that no table is cut in a log."""
-    wide = Console(markup=False)
-    return wide if wide.is_terminal else Console(width=240, soft_wrap=True, markup=False)
+    wide = Console(markup=False, stderr=stderr)
+    return wide if wide.is_terminal else Console(width=240, soft_wrap=True, markup=False, stderr=stderr)
 
 
 def microseconds(nanoseconds: float) -> str:

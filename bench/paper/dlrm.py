@@ -19,10 +19,9 @@ from bench.paper.folder import Arrays
 from bench.paper.workloads import Workload
 from bench.team import Team, TeamFailed
 
-NONE = "none"
+NONE, ALONE = "none", "1 process, 2 threads"
 _RANK = "bench.paper.dlrm_rank"
 _CHECKED_BATCHES = 4
-_STEADY = "all:time=20us+"  # in front of a plan for the check: everybody is a little out of step
 
 
 @dataclass(frozen=True)
@@ -113,7 +112,7 @@ class Teams:
     def load(self, model: str, flags: list[str]) -> None:
         """On all ranks of all runtimes."""
         for runtime in list(self._teams):
-            self.call(runtime, "bench.inference_rank:load", name=model, flags=flags, alone=False, limit=300.0)
+            self.call(runtime, f"{_RANK}:load", name=model, flags=flags, alone=False, limit=300.0)
 
     def serve(self, system: System, workload: str, changes: dict[str, Any]) -> list[dict[str, Any]]:
         """One run."""
@@ -122,10 +121,10 @@ class Teams:
             changes={**system.changes, **changes},
         )  # fmt: skip
 
-    def alone(self, workload: str, threads: int) -> list[dict[str, Any]]:
+    def alone(self, workload: str, threads: int, digest: bool = False) -> list[dict[str, Any]]:
         """One process with the whole model: no exchange at all."""
         return self.call("bls", f"{_RANK}:alone", name=f"{workload}/alone", job=f"paper-{next(self._names)}",
-                         threads=threads)  # fmt: skip
+                         threads=threads, digest=digest)  # fmt: skip
 
 
 class Measuring:
@@ -147,7 +146,7 @@ class Measuring:
         self.teams.load(f"{name}/model", flags)
         if self.workload.better:
             self.teams.load(f"{name}/sharded", [*flags, *self.workload.better])
-        self.teams.call("bls", "bench.inference_rank:load", name=f"{name}/alone", flags=flags, alone=True, limit=300.0)
+        self.teams.call("bls", f"{_RANK}:load", name=f"{name}/alone", flags=flags, alone=True, limit=300.0)
         self._check()
         for repetition in range(effort.repeat):
             for system in self._order(repetition):
@@ -199,7 +198,7 @@ class Measuring:
 
     def _alone(self, repetition: int) -> None:
         replies, noise = self.again.measured(lambda: self.teams.alone(self.workload.name, 2))
-        run = {"case": NONE, "system": "1 process, 2 threads", "repetition": repetition, **noise, "lag": None}
+        run = {"case": NONE, "system": ALONE, "repetition": repetition, **noise, "lag": None}
         self.values["runs"].append({**run, "ms": replies[0]["ms"], "samples": replies[0]["samples"]})
         self.step("1 process")
 

@@ -7,7 +7,7 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,7 +51,7 @@ class Folder:
         self.path.mkdir(parents=True, exist_ok=True)
         target = self.path / f"{part.name}.json"
         target.unlink(missing_ok=True)
-        np.savez_compressed(self.path / f"{part.name}.npz", **part.arrays)
+        np.savez_compressed(self.path / f"{part.name}.npz", allow_pickle=False, **cast("dict[str, Any]", part.arrays))
         values = {name: value for name, value in vars(part).items() if name != "arrays"}
         unfinished = target.with_suffix(".unfinished")
         unfinished.write_text(json.dumps(values, indent=1) + "\n")

@@ -64,4 +64,3 @@ def arrays(results: Results) -> Arrays:
         if m.stalls:
             found[f"{number}/slept"] = np.stack([m.slept(one) for one in range(len(m.samples))])
     return found
-

@@ -6,7 +6,7 @@ import gzip
 from dataclasses import dataclass
 from pathlib import Path
 
-_MODEL = "--arch-sparse-feature-size 16 --arch-mlp-bot {dense}-512-256-64-16 --arch-mlp-top 512-256-1".split()
+_MODEL = "--arch-sparse-feature-size 16 --arch-mlp-top 512-256-1".split()
 _BATCH = "256"
 
 
@@ -26,9 +26,9 @@ BALANCED = Workload(
     [*_MODEL, "--mini-batch-size", _BATCH, "--data-generation", "sample"], [], first=True,
 )  # fmt: skip
 SKEWED = Workload(
-    "skewed", "16 tables of 50,000 rows, 40 rows each by Zipf's law (s 1.05), all but the lightest 3 tables at rank 0",
-    [*_MODEL, "--mini-batch-size", "512", "--arch-embedding-size", "-".join(["50000"] * 16), "--rand-data-dist",
-     "zipf:s=1.05", "--num-indices-per-lookup", "40", "--num-indices-per-lookup-fixed", "--placement", "worst"],
+    "skewed", "16 tables of 50,000 rows, bags of 20 by Zipf's law (s 1.05), all but the lightest 3 tables at rank 0",
+    [*_MODEL, "--mini-batch-size", _BATCH, "--arch-embedding-size", "-".join(["50000"] * 16), "--rand-data-dist",
+     "zipf:s=1.05", "--num-indices-per-lookup", "20", "--num-indices-per-lookup-fixed", "--placement", "worst"],
     ["--placement", "greedy"],
 )  # fmt: skip
 
@@ -46,11 +46,11 @@ def workloads(data: Path | None, made: Path) -> tuple[list[Workload], dict[str, 
             found.append(make(paths, made))
         else:
             absent[name] = f"{', '.join(files)}: not in --data" if data else "no --data, and no BLSRDMA_TEST_DATA"
-    return [_with_dense(one) for one in found], absent
+    return found, absent
 
 
 def _criteo(paths: list[Path], _made: Path) -> Workload:
-    flags = [*_MODEL, "--mini-batch-size", _BATCH, "--raw-data-file", str(paths[0]), "--data-set", "kaggle"]
+    flags = [*_MODEL, "--mini-batch-size", "64", "--raw-data-file", str(paths[0]), "--data-set", "kaggle"]
     return Workload("criteo", "the first 8,000 rows of Criteo Kaggle, contiguous placement", flags, [])
 
 
@@ -58,8 +58,8 @@ def _ali_ccp(paths: list[Path], made: Path) -> Workload:
     rows = gzip.decompress(paths[0].read_bytes()).rstrip(b"\n") + b"\n"
     path = made / "aliccp_multihot_repeated.txt"
     made.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(rows * 640)
-    flags = [*_MODEL, "--mini-batch-size", "64", "--raw-data-file", str(path), "--data-set", "aliccp"]
+    path.write_bytes(rows * 320)
+    flags = [*_MODEL, "--mini-batch-size", "32", "--raw-data-file", str(path), "--data-set", "aliccp-multihot"]
     return Workload("ali-ccp", "10 rows of Ali-CCP over and over: bags of up to hundreds of rows", flags,
                     ["--placement", "greedy"])  # fmt: skip
 
@@ -67,12 +67,6 @@ def _ali_ccp(paths: list[Path], made: Path) -> Workload:
 def _meta(paths: list[Path], _made: Path) -> Workload:
     files = ",".join(str(path) for path in [*paths, *paths])
     flags = [*_MODEL, "--mini-batch-size", _BATCH, "--raw-data-file", files, "--data-set", "trace",
-             "--num-indices-per-lookup", "16"]  # fmt: skip
-    about = "Meta's recorded accesses of low and of medium reuse, each as two tables of 500,000 rows, bags of 16"
+             "--num-indices-per-lookup", "8", "--num-indices-per-lookup-fixed"]  # fmt: skip
+    about = "Meta's recorded accesses of low and of medium reuse, each as two tables of 500,000 rows, bags of 8"
     return Workload("meta", about, flags, [])
-
-
-def _with_dense(one: Workload) -> Workload:
-    dense = "0" if one.name == "none" else "13"
-    flags = [flag.replace("{dense}", dense) for flag in one.flags]
-    return Workload(one.name, one.about, flags, one.better, one.first)
