@@ -152,8 +152,8 @@ def _where(part: Part) -> Iterator[str]:
            f"{times(float(gain[-1, -1]))}.")  # fmt: skip
     mean = part.arrays["mean"]
     least, some, most = (times(float(gain)) for gain in (mean[0, -1], mean[-1, last], mean[-1, -1]))
-    yield (f"At 4 ranks, with delays a quarter of the work, nothing is worth much ({least}); with 50 times, lag 8 gives "
-           f"{some} of the {most} there are.")  # fmt: skip
+    yield (f"At 4 ranks, with delays a quarter of the work, nothing is worth much ({least}); with 50 times, lag 8 "
+           f"gives {some} of the {most} there are.")  # fmt: skip
     slow = part.arrays["slow"]
     yield (f"Where one rank always works 3 times as long, lag 8 gains {times(float(slow[-1, last]))}, and no lag more "
            f"than {times(float(slow[-1].max()))}.")  # fmt: skip

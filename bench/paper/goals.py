@@ -131,8 +131,11 @@ def _balanced(one: Served) -> Iterator[Goal]:
         sync, free = one.best(case, one.synchronous(case)), one.best(case, one.uncoupled(case))
         ratio, model = one.ratio(case, sync, free), one.model_gain(case, free)
         text = f"{times(ratio.value / model)}: {says(ratio)} times ({free} against {sync}), the model's {times(model)}"
-        yield Goal(f"DLRM, exponential delays of {case} undelayed iterations: the uncoupled exchange's gain over the "
-                   "best synchronous system / the model's gain", "≥ 0.87", text, ratio.value / model >= 0.87)  # fmt: skip
+        what = (
+            f"DLRM, exponential delays of {case} undelayed iterations: the uncoupled exchange's gain over the best "
+            "synchronous system / the model's gain"
+        )
+        yield Goal(what, "≥ 0.87", text, ratio.value / model >= 0.87)
     if "load 0.7" in one.cases():
         found = []
         for system in one.uncoupled("load 0.7"):

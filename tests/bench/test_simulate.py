@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from bench.simulate import LAGS, ends, per_iteration
+from bench.simulate import LAGS, ends, latencies, per_iteration
 from blsrdma.lag import max_plus
 from dlrm import delays
 
@@ -99,3 +99,21 @@ def test_refuses_nonsense() -> None:
     for lag in (-1, 0.5, float("nan")):
         with pytest.raises(ValueError, match="integer >= 0"):
             ends(np.ones((2, 2)), [0, lag])
+
+
+def test_latencies_by_hand() -> None:
+    # Rank 0 takes 5 for the first input; everything else takes 1. Inputs come at 1, 2 and 9.
+    work, arrivals = np.array([[5.0, 1, 1], [1, 1, 1]]), [1.0, 2, 9]
+    # Nobody waits for another: rank 0 has its results at 6, 7, 10, rank 1 at 2, 3, 10.
+    assert latencies(work, arrivals, inf).tolist() == [[5, 5, 1], [1, 1, 1]]
+    # Lag 1: rank 1 has ended its second iteration at 3, but the messages of both wait for rank 0.
+    assert latencies(work, arrivals, 1).tolist() == [[5, 5, 1], [5, 5, 1]]
+    # Lag 0: the second iteration begins at 6 on both. What the exchange costs is added to each.
+    assert latencies(work, arrivals, 0).tolist() == [[5, 5, 1], [5, 5, 1]]
+    assert latencies(work, arrivals, 0, cost=1).tolist() == [[6, 7, 2], [6, 7, 2]]
+
+
+def test_latencies_of_a_closed_loop_end_where_the_model_ends() -> None:
+    work = np.random.default_rng(1).exponential(1.0, (4, 60))
+    for lag in (0, 2, 7):
+        assert latencies(work, [0.0] * 60, lag)[:, -1].max() == ends(work, [lag])[0].max()
