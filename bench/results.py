@@ -26,10 +26,10 @@ class Measurement:
     checked_bytes: int = 0  # compared with what was sent, outside the timed parts, all ranks together
     cpu_ns: list[float] = field(default_factory=list)  # by repetition: processor time of all ranks for an iteration
     others: list[float] = field(default_factory=list)  # by repetition: cores that other processes kept busy
-    stolen: list[float] = field(default_factory=list)  # by repetition: cores that the hypervisor took, part of others
-    disturbed: list[float] = field(default_factory=list)  # others of each repetition that was therefore measured anew
     facts: list[dict[str, Any]] = field(default_factory=list)  # by rank
     stalls: list[list[list[list[int]]]] = field(default_factory=list)  # by repetition and rank: iteration, ns slept
+    stolen: list[float] = field(default_factory=list)  # by repetition: cores that the hypervisor took, part of others
+    disturbed: list[float] = field(default_factory=list)  # others of each repetition that was therefore measured anew
 
     @property
     def summary(self) -> Summary:
