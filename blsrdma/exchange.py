@@ -179,6 +179,8 @@ class Exchange(native.Front):
         ahead of the slowest when it began one, and `max_lead`, the largest n; `peers`, one entry per rank:
 
         - path (direct: stores into mapped memory; put: UCX; self) and transport (UCX's choice, for puts);
+        - large, how messages larger than a window come from it: read (out of its memory, where it is on this host, the
+          system permits that and `direct` is set) or get (UCX);
         - messages and bytes sent to it;
         - waits in which it was behind, wait_ns spent in them until its message came, wait_max_ns the longest, and last,
           how often it was the last to come.
@@ -190,7 +192,9 @@ class Exchange(native.Front):
             path = "self" if q == self.rank else "direct" if self._core.direct(q) else "put"
             transport = {"self": "", "direct": "mapped", "put": ""}[path] or self._core.transport(q)
             peers.append(
-                {"rank": q, "path": path, "transport": transport, "messages": messages, "bytes": sent_bytes,
+                {"rank": q, "path": path, "transport": transport,
+                 "large": "" if q == self.rank else "read" if self._core.reads(q) else "get",
+                 "messages": messages, "bytes": sent_bytes,
                  "waits": waits, "wait_ns": wait_ns, "wait_max_ns": wait_max_ns, "last": last}
             )  # fmt: skip
         leads = self._core.leads
@@ -304,7 +308,8 @@ class Exchange(native.Front):
             for q, blob in enumerate(met.blobs):
                 pidfds.append(hosts.open_pidfd(blob["pid"], blob["began"]) if here[q] and q != self.rank else -1)
                 if q != self.rank:
-                    peers.append((q, blob["address"], blob["rkey"], blob["base"], blob["token"]))
+                    pid = blob["pid"] if here[q] else 0
+                    peers.append((q, blob["address"], blob["rkey"], blob["base"], blob["token"], pid))
             core.connect(peers, pidfds, self._timeout_ns)
         except BaseException as failed:
             error = failed

@@ -212,7 +212,7 @@ def _resources(machine: Machine) -> Iterator[Line]:
     yield _line(at, "/dev/shm", value, free >= max(need, 64 << 20), advice, bad, free)
     scope = read("/proc/sys/kernel/yama/ptrace_scope")
     meaning = {"": "no Yama here", "0": "0 (any process of the user)", "1": "1 (UCX asks for an exception)"}
-    advice = "cma needs sysctl kernel.yama.ptrace_scope=0, or 1"
+    advice = "cma, and reading large messages, need sysctl kernel.yama.ptrace_scope=0, or 1"
     yield _line(at, "ptrace scope", meaning.get(scope, scope), scope in meaning, advice)
     huge = _search(r"\[(\w+)\]", read("/sys/kernel/mm/transparent_hugepage/enabled")) or "none"
     yield Line(at, "huge pages", f"{read('/proc/sys/vm/nr_hugepages') or 0} reserved, transparent: {huge}")

@@ -7,7 +7,7 @@
 | timeout       | BLSRDMA_TIMEOUT       | 60      | seconds before a wait ends in PeerTimeout; inf: never |
 | close_timeout | BLSRDMA_CLOSE_TIMEOUT | 5       | seconds close() waits for the peers to have closed too |
 | keepalive     | BLSRDMA_KEEPALIVE     | 20      | seconds without a sign of life before a peer elsewhere is dead |
-| direct        | BLSRDMA_DIRECT        | 1       | store into the windows of peers on this host; 0: UCX puts |
+| direct        | BLSRDMA_DIRECT        | 1       | go through the memory of peers on this host; 0: through UCX |
 | copy_self     | BLSRDMA_COPY_SELF     | 0       | copy the message to oneself; 0: it is a view of `send` |
 | trace         | BLSRDMA_TRACE         | off     | folder for this rank's timeline, see blsrdma.trace |
 | checksum      | BLSRDMA_CHECKSUM      | 0       | verify the contents of every message |

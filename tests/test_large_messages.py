@@ -1,8 +1,13 @@
-"""Messages larger than their windows: pulled out of the sender's buffer by the receiver, when it waits."""
+"""Messages larger than their windows: pulled out of the sender's buffer by the receiver, when it waits.
+
+On one host it reads the sender's memory; with direct stores off (-puts), as between hosts, UCX gets them.
+"""
 
 from __future__ import annotations
 
+import re
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -64,7 +69,7 @@ def _any_size(rank, world, store, lag, window, with_out):
 
 @pytest.mark.parametrize("with_out", [False, True], ids=["views", "out"])
 @pytest.mark.parametrize("lag", [0, 1, 3])
-@pytest.mark.parametrize("transport", ["default", "default-puts", "posix", "sysv-puts", "cma", "tcp"])
+@pytest.mark.parametrize("transport", ["default", "default-puts", "posix", "sysv-puts", "cma-puts", "tcp-puts"])
 def test_any_size(transport: str, lag: int, with_out: bool, no_leftovers: None) -> None:
     run_ranks(_any_size, 3, lag, 1000, with_out, env=TRANSPORTS[transport])
 
@@ -84,7 +89,7 @@ def _both_directions(rank, world, store, size):
         return (world - 1) * size / took / 1e9
 
 
-@pytest.mark.parametrize("transport", ["default", "posix", "tcp"])
+@pytest.mark.parametrize("transport", ["default", "posix-puts", "tcp-puts"])
 def test_both_directions_at_once(transport: str) -> None:
     results = run_ranks(_both_directions, 3, 20 << 20, env=TRANSPORTS[transport])
     print(transport, [f"{result.value:.2f} GB/s" for result in results])
@@ -93,6 +98,21 @@ def test_both_directions_at_once(transport: str) -> None:
 @pytest.mark.slow
 def test_gigabytes() -> None:
     run_ranks(_both_directions, 2, 3 << 30, timeout=300)
+
+
+def _ways(rank, world, store):
+    with Exchange(store, rank, world, window_bytes=0) as exchange, exchange.post(messages(rank, 0, [9] * world)):
+        return [peer["large"] for peer in exchange.stats()["peers"]]
+
+
+@pytest.mark.parametrize("transport", ["default", "tcp", "default-puts", "tcp-puts"])
+def test_stats_say_how_they_come(transport: str) -> None:
+    capabilities = int(re.search(r"CapEff:\s*(\w+)", Path("/proc/self/status").read_text())[1], 16)
+    permitted = capabilities >> 19 & 1  # CAP_SYS_PTRACE; without it the system may forbid it, and nothing is lost
+    expected = {"get"} if transport.endswith("-puts") else {"read"} if permitted else {"read", "get"}
+    for result in run_ranks(_ways, 2, env=TRANSPORTS[transport]):
+        assert result.value[result.rank] == ""
+        assert result.value[1 - result.rank] in expected
 
 
 def _refusals(rank, world, store):
@@ -141,7 +161,7 @@ def _not_wanted(rank, world, store):
             time.sleep(0.001)
 
 
-@pytest.mark.parametrize("transport", ["default", "tcp"])
+@pytest.mark.parametrize("transport", ["default", "tcp-puts"])
 def test_not_wanted(transport: str) -> None:
     run_ranks(_not_wanted, 2, env=TRANSPORTS[transport])
 
@@ -165,7 +185,7 @@ def _sent_waits_for_the_pull(rank, world, store):
                 np.testing.assert_array_equal(received[0], message(0, 1, 0, 5000))
 
 
-@pytest.mark.parametrize("transport", ["default", "tcp"])
+@pytest.mark.parametrize("transport", ["default", "tcp-puts"])
 def test_sent_waits_for_the_pull(transport: str) -> None:
     run_ranks(_sent_waits_for_the_pull, 2, env=TRANSPORTS[transport])
 
@@ -186,6 +206,6 @@ def _sent_before_wait(rank, world, store):
         assert exchange._large_bytes == 0
 
 
-@pytest.mark.parametrize("transport", ["default", "tcp"])
+@pytest.mark.parametrize("transport", ["default", "tcp-puts"])
 def test_sent_before_wait(transport: str) -> None:
     run_ranks(_sent_before_wait, 3, env=TRANSPORTS[transport])

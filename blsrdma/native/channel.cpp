@@ -166,8 +166,12 @@ void Channel::put_counter(std::uint64_t value, std::uint64_t staged_offset, std:
   put(source, sizeof counter, geometry_.control(self_) + control_offset, local_.handle());
 }
 
-void Channel::warm_up() {
-  if (mapped_) return;
+void Channel::warm_up(bool reads) {
+  if (mapped_) {
+    if (reads) publish(mapped_counter(kReadsOffset), Counter::of(1, epoch_));
+    return;
+  }
+  if (reads) put_counter(1, kStagedReads, kReadsOffset);
   put_counter(++beats_, kStagedHeartbeat, kHeartbeatOffset);
   flush();
 }
@@ -238,7 +242,7 @@ bool Channel::advance() {
 
 void Channel::pull(std::byte* to, std::uint64_t bytes, std::uint64_t from, const std::string& rkey,
                    std::atomic<std::uint32_t>* left) {
-  if (broken() != UCS_OK) return;
+  if (broken() != UCS_OK) return pull_failed_.store(true, std::memory_order_release);
   auto* pull = new Pull{this, nullptr, left};
   const ucs_status_t unpacked = ucp_ep_rkey_unpack(endpoint_, rkey.data(), &pull->rkey);
   ++pulling_;
@@ -264,6 +268,7 @@ void Channel::finish(Pull* pull, ucs_status_t status) {
     pull->left->fetch_sub(1, std::memory_order_acq_rel);
   } else {
     fail(status);
+    pull_failed_.store(true, std::memory_order_release);
   }
   delete pull;
 }

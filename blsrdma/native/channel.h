@@ -27,6 +27,7 @@ struct PeerAddress {
   std::string rkey;
   std::uint64_t arena = 0;  // base address there
   std::string token;        // the first line of its arena: proves that a mapping is the right one
+  pid_t pid = 0;            // of a process on this host; else 0
 };
 
 class Channel final : public Driven {
@@ -69,16 +70,18 @@ class Channel final : public Driven {
   void acknowledge(std::uint64_t n);
   // The last word; nothing is posted after it. The record's check is made here.
   void farewell(Farewell record);
+  bool pull_failed() const { return pull_failed_.load(std::memory_order_acquire); }
   bool drained() const { return direct() || broken() != UCS_OK || !waiting(); }
 
   // On the progress thread.
-  void warm_up();  // the first put: makes UCX connect now and not in iteration 0
+  // The first put: makes UCX connect now and not in iteration 0. `reads`: tell the peer that this rank reads its memory.
+  void warm_up(bool reads = false);
   bool warm() const { return outstanding_ == 0; }
   ucp_ep_h endpoint() const { return endpoint_; }
   void beat() { beating_ = true; }  // send heartbeats from now on
   void orphan() { on_broken_ = [](std::uint32_t, ucs_status_t) {}; }
   // Get `bytes` at `from`, in the peer's memory that `rkey` opens, into `to`; then *left is one less. Never, if the
-  // channel breaks.
+  // channel breaks: then pull_failed() holds, for whoever waits.
   void pull(std::byte* to, std::uint64_t bytes, std::uint64_t from, const std::string& rkey,
             std::atomic<std::uint32_t>* left);
   void disconnect();
@@ -131,6 +134,7 @@ class Channel final : public Driven {
   std::atomic<std::uint64_t> done_{0};
   std::atomic<std::uint64_t> acknowledged_{0};
   std::atomic<bool> parting_{false};
+  std::atomic<bool> pull_failed_{false};
   std::atomic<ucs_status_t> broken_{UCS_OK};
 
   // The progress thread's own.

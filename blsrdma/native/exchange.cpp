@@ -4,6 +4,11 @@
 #include <cstring>
 
 namespace blsrdma {
+namespace {
+
+constexpr std::uint64_t kPiece = 16 << 20;  // bytes of a large message that are read without a look at anything else
+
+}  // namespace
 
 Exchange::Exchange(std::shared_ptr<Fabric> fabric, std::shared_ptr<Arena> arena, const Config& config)
     : fabric_(std::move(fabric)),
@@ -12,6 +17,7 @@ Exchange::Exchange(std::shared_ptr<Fabric> fabric, std::shared_ptr<Arena> arena,
       inbox_(*arena_, config.geometry, config.rank, config.epoch),
       doorbell_(std::make_unique<Doorbell>(Sleeper(arena_->data()))),
       channels_(config.geometry.ranks),
+      readers_(config.geometry.ranks),
       stats_(config.geometry.ranks),
       suspicions_(config.geometry.ranks),
       starts_(config.geometry.ranks),
@@ -52,12 +58,15 @@ void Exchange::connect(const std::vector<PeerAddress>& peers, std::vector<int> p
   const auto broken = [this](std::uint32_t peer, ucs_status_t status) {
     lost(peer, Outcome::peer_died, std::string("its connection is lost: ") + ucs_status_string(status));
   };
+  for (const PeerAddress& peer : peers) {
+    if (config_.allow_direct) readers_[peer.rank].open(peer.pid, peer.arena, peer.token);
+  }
   fabric_->call([&] {
     for (const PeerAddress& peer : peers) {
       auto channel = std::make_unique<Channel>(*fabric_, *arena_, config_.geometry, config_.rank, peer, config_.epoch,
                                                config_.allow_direct, broken);
       fabric_->attach(channel.get());
-      channel->warm_up();
+      channel->warm_up(bool(readers_[peer.rank]));
       if (!liveness_->here(peer.rank)) channel->beat();
       channels_[peer.rank] = std::move(channel);
     }
@@ -283,6 +292,7 @@ Outcome Exchange::pull(std::uint64_t iteration, const std::vector<std::pair<std:
     std::vector<Descriptor> descriptors(into.size());
     for (std::size_t i = 0; i < into.size(); ++i) {
       std::string wrong = inbox_.read(iteration, into[i].first, descriptors[i]);
+      if (wrong.empty() && !descriptors[i].rkey_bytes && !readers_[into[i].first]) wrong = "its large message has no key";
       if (!wrong.empty()) {
         failure_.set(Outcome::corrupt, into[i].first, std::move(wrong));
         return failure(iteration);
@@ -290,19 +300,32 @@ Outcome Exchange::pull(std::uint64_t iteration, const std::vector<std::pair<std:
     }
     mine.pulling.store(mine.large);
     mine.large = 0;
-    fabric_->call([&] {
-      for (std::size_t i = 0; i < into.size(); ++i) {
-        const auto [source, to] = into[i];
-        mine.placed[source] = to;
-        channels_[source]->pull(to, mine.lengths[source], descriptors[i].address,
-                                std::string(descriptors[i].rkey, descriptors[i].rkey_bytes), &mine.pulling);
-      }
-    });
+    bool all_read = true;
+    for (std::size_t i = 0; i < into.size(); ++i) {
+      const auto [source, to] = into[i];
+      mine.placed[source] = to;
+      all_read &= bool(readers_[source]);
+      if (readers_[source]) mine.reads.push_back({source, to, descriptors[i].address, mine.lengths[source]});
+    }
+    if (!all_read) {
+      fabric_->call([&] {
+        for (std::size_t i = 0; i < into.size(); ++i) {
+          const auto [source, to] = into[i];
+          if (readers_[source]) continue;
+          channels_[source]->pull(to, mine.lengths[source], descriptors[i].address,
+                                  std::string(descriptors[i].rkey, descriptors[i].rkey_bytes), &mine.pulling);
+        }
+      });
+    }
   }
   Backoff backoff(config_.wait, Sleeper(arena_->data()), deadline_ns);
   const auto done = [&] { return mine.pulling.load(std::memory_order_acquire) == 0 || failure_.failed(); };
-  while (!backoff.until(done, false)) {
-    const Outcome outcome = give_up(deadline_ns, iteration, "large messages are still being pulled");
+  for (;;) {
+    Outcome outcome = read_some(mine);
+    if (outcome != Outcome::ok) return outcome;
+    if (mine.reads.empty() ? backoff.until(done, false) : done()) break;
+    outcome = find_lost_pull(iteration);
+    if (outcome == Outcome::ok) outcome = give_up(deadline_ns, iteration, "large messages are still being pulled");
     if (outcome != Outcome::ok) return outcome;
   }
   if (mine.pulling.load(std::memory_order_acquire)) return failure(iteration);
@@ -314,6 +337,45 @@ Outcome Exchange::pull(std::uint64_t iteration, const std::vector<std::pair<std:
   }
   settle(mine);
   return Outcome::ok;
+}
+
+// One piece of what is to be read, so that deadlines and failures are looked at between two.
+Outcome Exchange::read_some(Record& mine) {
+  if (mine.reads.empty() || failure_.failed()) return Outcome::ok;
+  Read& next = mine.reads.back();
+  const std::uint64_t bytes = std::min(next.bytes, kPiece);
+  const int error = readers_[next.source].read(next.to, bytes, next.from);
+  // Its pid was its own if it still lives now.
+  const bool dead = (error || bytes == next.bytes) && liveness_->dead(next.source);
+  if (dead || error) {
+    failure_.set(dead ? Outcome::peer_died : Outcome::corrupt, next.source,
+                 dead ? "its process has ended" : std::string("its large message cannot be read: ") + std::strerror(error));
+    return failure(mine.iteration);
+  }
+  next.to += bytes;
+  next.from += bytes;
+  next.bytes -= bytes;
+  if (next.bytes) return Outcome::ok;
+  mine.reads.pop_back();
+  mine.pulling.fetch_sub(1, std::memory_order_acq_rel);
+  return Outcome::ok;
+}
+
+// A peer that has closed and gone is no failure, but one whose large message has not been pulled before is.
+Outcome Exchange::find_lost_pull(std::uint64_t iteration) {
+  for (const auto& each : channels_) {
+    if (!each || !each->pull_failed()) continue;
+    failure_.set(Outcome::peer_died, each->peer(),
+                 std::string("its connection is lost: ") + ucs_status_string(each->broken()));
+    return failure(iteration);
+  }
+  return Outcome::ok;
+}
+
+// What pull() has not read yet is not wanted any more.
+void Exchange::drop_reads(Record& mine) {
+  mine.pulling.fetch_sub(static_cast<std::uint32_t>(mine.reads.size()), std::memory_order_acq_rel);
+  mine.reads.clear();
 }
 
 // Nothing of this iteration is wanted from a peer's memory any more: acknowledge, in order, to those who wait for it.
@@ -351,7 +413,12 @@ void Exchange::release(std::uint64_t iteration) {
   Record& mine = record(iteration);
   if (mine.iteration != iteration || mine.released) return;
   mine.released = true;
-  mine.large = 0;
+  if (!mine.settled) {
+    const Turn turn(busy_);
+    if (!turn) return;  // another thread is pulling it, against the rule; a later call settles it
+    drop_reads(mine);
+    mine.large = 0;
+  }
   settle_unwanted();  // or, if it is not all here yet, in a later sent() or post()
 }
 

@@ -5,8 +5,9 @@
 // With both rules 2 (k + 1) windows per source need no acknowledgement; blsrdma/windows.py has the proof.
 //
 // A message larger than its window stays in the sender's buffer; its window gets a Descriptor. wait() then says so
-// (Outcome::large), the caller names memory for it, and pull() gets it. The sender's buffer is in use until the receiver
-// acknowledges, by a counter of its own, that it has pulled (or released) everything up to that iteration.
+// (Outcome::large), the caller names memory for it, and pull() gets it: on one host by reading the sender's memory, where
+// the system permits that, else by a UCX get of the buffer, which the sender registers. The sender's buffer is in use until
+// the receiver acknowledges, by a counter of its own, that it has pulled (or released) everything up to that iteration.
 //
 // One thread at a time calls an Exchange; a second one is told so. Nothing on the hot path throws or knows of Python: calls
 // return an Outcome, and details() says what it was about.
@@ -30,6 +31,7 @@
 #include "inbox.h"
 #include "layout.h"
 #include "liveness.h"
+#include "reader.h"
 #include "turn.h"
 #include "wait.h"
 
@@ -125,6 +127,7 @@ class Exchange {
   const PeerStats& stats(std::uint32_t peer) const { return stats_[peer]; }
   bool direct(std::uint32_t peer) const { return channels_[peer] && channels_[peer]->direct(); }
   std::string transport(std::uint32_t peer) const;
+  bool reads(std::uint32_t peer) const { return bool(readers_[peer]); }  // its large messages; else they are got
 
   // The end. First tell the peers why and let what is queued leave; then wait until every peer has said farewell too or
   // is gone, because until then it may still write here. False: some peer had not left at the deadline, or died without a
@@ -133,6 +136,12 @@ class Exchange {
   bool close(std::uint32_t code, std::uint32_t blamed, const std::string& text, std::uint64_t deadline_ns);
 
  private:
+  struct Read {  // the rest of a large message
+    std::uint32_t source;
+    std::byte* to;
+    std::uint64_t from;
+    std::uint64_t bytes;
+  };
   struct Record {  // of one iteration in flight
     std::uint64_t iteration = 0;
     std::uint64_t tag = 0;
@@ -144,10 +153,11 @@ class Exchange {
     std::vector<std::uint64_t> checksums;  // per source, as its header says
     std::vector<std::byte*> placed;        // per source: where a large message was, or is being, pulled to
     std::uint32_t large = 0;               // large messages that are neither pulled nor being pulled
-    std::atomic<std::uint32_t> pulling{0};
-    // Of this rank's own large messages: to whom, and the registration of the buffer they are in.
+    std::atomic<std::uint32_t> pulling{0};  // being pulled: by the progress thread, or in `reads`
+    // Of this rank's own large messages: to whom, and the registration of the buffer they are in, if somebody needs it.
     std::vector<std::uint32_t> large_to;
     ucp_mem_h registered = nullptr;
+    std::vector<Read> reads;  // what pull() itself has still to read
   };
   Record& record(std::uint64_t iteration) { return *records_[iteration % records_.size()]; }
   const Record& record(std::uint64_t iteration) const { return *records_[iteration % records_.size()]; }
@@ -161,6 +171,9 @@ class Exchange {
   Outcome check_counts(std::uint64_t items, const std::int64_t* counts);
   Outcome make_room(std::uint64_t deadline_ns);
   Outcome check_headers(Record& record);
+  Outcome read_some(Record& record);
+  Outcome find_lost_pull(std::uint64_t iteration);
+  void drop_reads(Record& record);
   void register_large(Record& record, const std::byte* data, std::uint64_t bytes);
   bool large_is_gone(Record& record);
   Outcome settle_released(Record& record, std::uint64_t deadline_ns);
@@ -176,6 +189,7 @@ class Exchange {
   std::unique_ptr<Liveness> liveness_;
   std::unique_ptr<Doorbell> doorbell_;
   std::vector<std::unique_ptr<Channel>> channels_;  // by rank; none for oneself
+  std::vector<Reader> readers_;                     // by rank
   std::vector<std::unique_ptr<Record>> records_;
   std::vector<PeerStats> stats_;
   std::vector<std::uint32_t> behind_;        // peers that a wait is still waiting for

@@ -28,7 +28,7 @@ bool Exchange::may_post() {
     if (!due.released) return true;
     if (!inbox_.arrived(next_ - bound) || !due.settled) return false;
   }
-  return !record(next_).registered && std::all_of(channels_.begin(), channels_.end(),
+  return record(next_).large_to.empty() && std::all_of(channels_.begin(), channels_.end(),
                                                   [&](const auto& each) { return !each || each->room(next_); });
 }
 
@@ -36,7 +36,7 @@ bool Exchange::may_post() {
 Outcome Exchange::make_room(std::uint64_t deadline_ns) {
   Record& mine = record(next_);
   const auto free = [&] {
-    return failure_.failed() || ((!mine.registered || large_is_gone(mine)) &&
+    return failure_.failed() || ((mine.large_to.empty() || large_is_gone(mine)) &&
                                  std::all_of(channels_.begin(), channels_.end(),
                                              [&](const auto& each) { return !each || each->room(next_); }));
   };
@@ -56,6 +56,7 @@ Outcome Exchange::settle_released(Record& due, std::uint64_t deadline_ns) {
     const Outcome outcome = check_headers(due);
     if (outcome != Outcome::ok) return outcome;
   }
+  drop_reads(due);
   const auto idle = [&] { return due.pulling.load(std::memory_order_acquire) == 0 || failure_.failed(); };
   Backoff backoff(config_.wait, Sleeper(arena_->data()), deadline_ns);
   while (!backoff.until(idle, false)) {
@@ -99,7 +100,8 @@ Outcome Exchange::post(const std::byte* data, std::uint64_t items, std::uint64_t
     if (q != self && bytes > config_.geometry.window_bytes) mine.large_to.push_back(q);
     at += bytes;
   }
-  if (!mine.large_to.empty()) register_large(mine, data, static_cast<std::uint64_t>(at - data));
+  const bool keyed = std::any_of(mine.large_to.begin(), mine.large_to.end(), [&](auto q) { return !inbox_.reads(q); });
+  if (keyed) register_large(mine, data, static_cast<std::uint64_t>(at - data));
 
   mine.iteration = next_;
   mine.released = mine.checked = mine.settled = false;
@@ -115,8 +117,7 @@ Outcome Exchange::post(const std::byte* data, std::uint64_t items, std::uint64_t
       header.seal(config_.epoch);
       Descriptor descriptor{};
       descriptor.address = reinterpret_cast<std::uint64_t>(starts_[q]);
-      descriptor.rkey_bytes = rkey_.size();
-      std::memcpy(descriptor.rkey, rkey_.data(), rkey_.size());
+      if (keyed) std::memcpy(descriptor.rkey, rkey_.data(), descriptor.rkey_bytes = rkey_.size());
       descriptor.seal(config_.epoch);
       channels_[q]->post(header, reinterpret_cast<const std::byte*>(&descriptor), sizeof descriptor);
     } else {

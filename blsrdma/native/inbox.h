@@ -25,6 +25,8 @@ class Inbox {
   }
   // Large messages of this rank's iterations below this that `source` has pulled, or did not want.
   std::uint64_t pulled(std::uint32_t source) const { return poll(counter(source, kPulledOffset), epoch_, 0); }
+  // Whether `source` has said that it reads large messages out of this rank's memory by itself.
+  bool reads(std::uint32_t source) const { return poll(counter(source, kReadsOffset), epoch_, 0) != 0; }
   // Changes whenever `source` shows a sign of life. For the progress thread: touches nothing that look() writes.
   std::uint64_t signs_of_life(std::uint32_t source) const {
     return poll(counter(source, kHeartbeatOffset), epoch_, 0) + poll(counter(source, kCounterOffset), epoch_, 0);

@@ -23,12 +23,14 @@ inline constexpr std::uint64_t kControlBytes = 512;     // per source; the next 
 inline constexpr std::uint64_t kCounterOffset = 0;
 inline constexpr std::uint64_t kHeartbeatOffset = 64;   // a Counter: signs of life, and the target of the first put
 inline constexpr std::uint64_t kPulledOffset = 80;      // a Counter: large messages of ours that the source has pulled
+inline constexpr std::uint64_t kReadsOffset = 96;       // a Counter: 1 says that the source can read our memory by itself
 inline constexpr std::uint64_t kFarewellOffset = 128;
 inline constexpr std::uint64_t kHeaderBytes = 64;       // precedes each window's payload
 inline constexpr std::uint64_t kLeastPayload = 512;     // room of every window: a large message's Descriptor fits
 inline constexpr std::uint64_t kStagingBytes = 1024;    // per destination: sources of counter and farewell puts
 inline constexpr std::uint64_t kStagedHeartbeat = 16;   // within staging, after the counter
 inline constexpr std::uint64_t kStagedPulled = 32;
+inline constexpr std::uint64_t kStagedReads = 48;
 inline constexpr std::uint64_t kStagedFarewell = 64;
 
 // Offsets in bytes from the start of the arena. It begins with the owner's token and the word by which it is woken.
@@ -120,7 +122,7 @@ struct alignas(kLine) Header {
 };
 static_assert(sizeof(Header) == kHeaderBytes);
 
-// Where a message that is larger than its window can be got.
+// Where a message that is larger than its window can be got; without a key where the receiver reads it by itself.
 struct Descriptor {
   static constexpr std::size_t kRkeyBytes = 480;
 

@@ -168,12 +168,12 @@ NB_MODULE(_native, m) {
            "fabric"_a, "arena"_a, "geometry"_a, "rank"_a, "lag"_a, "epoch"_a, "copy_self"_a, "direct"_a, "checksums"_a,
            "keepalive_ns"_a, "spins"_a, "yields"_a)
       .def("connect",
-           [](Exchange& self, const std::vector<std::tuple<std::uint32_t, nb::bytes, nb::bytes, std::uint64_t, nb::bytes>>& peers,
+           [](Exchange& self, const std::vector<std::tuple<std::uint32_t, nb::bytes, nb::bytes, std::uint64_t, nb::bytes, int>>& peers,
               std::vector<int> pidfds, std::int64_t timeout_ns) {
              const auto text = [](const nb::bytes& bytes) { return std::string(bytes.c_str(), bytes.size()); };
              std::vector<PeerAddress> addresses;
-             for (const auto& [rank, address, rkey, arena, token] : peers) {
-               addresses.push_back({rank, text(address), text(rkey), arena, text(token)});
+             for (const auto& [rank, address, rkey, arena, token, pid] : peers) {
+               addresses.push_back({rank, text(address), text(rkey), arena, text(token), pid});
              }
              const nb::gil_scoped_release release;
              self.connect(addresses, std::move(pidfds), deadline(timeout_ns));
@@ -220,6 +220,7 @@ NB_MODULE(_native, m) {
            },
            "peer"_a)
       .def("direct", &Exchange::direct, "peer"_a)
+      .def("reads", &Exchange::reads, "peer"_a)
       .def("transport", &Exchange::transport, "peer"_a, nb::call_guard<nb::gil_scoped_release>())
       .def("close",
            [](Exchange& self, std::uint32_t code, std::uint32_t blamed, const std::string& text, std::int64_t timeout_ns) {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import time
 
@@ -16,6 +17,13 @@ from tests.ranks import run_ranks
 
 NOTICED_S = 2.0  # within this on one host; a busy test machine is given some more
 BUSY_S = 3.0
+
+
+def wait_until(condition) -> None:
+    limit = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < limit
+        time.sleep(0.001)
 
 
 def _die() -> None:
@@ -192,8 +200,34 @@ def _killed_while_pulled(rank, world, store, size):
     return None
 
 
-@pytest.mark.parametrize("transport", ["default", "posix", "tcp"])
+@pytest.mark.parametrize("transport", ["default", "posix-puts", "tcp-puts"])
 def test_a_sender_dies_while_its_message_is_pulled(transport: str, no_leftovers: None) -> None:
     size = 200 << 20
     results = run_ranks(_killed_while_pulled, 3, size, env=TRANSPORTS[transport], expect_exit={1: -signal.SIGKILL})
     assert [results[rank].value for rank in (0, 2)] == [1, 1]
+
+
+def _left_before_it_was_pulled(rank, world, store):
+    """Rank 1 closes and ends although rank 0 has not taken its large message."""
+    exchange = Exchange(store, rank, world, window_bytes=0, timeout=30, close_timeout=0.2)
+    counts = [5000, 0] if rank == 1 else [0, 0]
+    handle = exchange.post(np.ones(sum(counts), np.uint8), counts)
+    handle.wait() if rank == 1 else wait_until(handle.ready)
+    if rank == 1:
+        exchange.close()
+        store.set("pid 1", str(os.getpid()))
+        return None
+    pidfd = os.pidfd_open(int(store.get("pid 1")))
+    assert select.select([pidfd], [], [], 30)[0]
+    began = time.monotonic()
+    with pytest.raises(PeerFailed) as failure:
+        handle.wait()
+    assert time.monotonic() - began < NOTICED_S + BUSY_S
+    exchange.close(failure.value)
+    return str(failure.value)
+
+
+@pytest.mark.parametrize("transport", ["default", "posix-puts", "cma-puts", "tcp-puts"])
+def test_a_sender_leaves_before_its_message_is_pulled(transport: str, no_leftovers: None) -> None:
+    results = run_ranks(_left_before_it_was_pulled, 2, env=TRANSPORTS[transport])
+    assert "iteration 0: rank 1 died: " in results[0].value

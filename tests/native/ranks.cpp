@@ -77,10 +77,17 @@ CALL(void) ucp_rkey_destroy(ucp_rkey_h rkey) {
 // interceptor then believes. This one comes before theirs.
 CALL(ssize_t) process_vm_readv(pid_t pid, const iovec* local, unsigned long locals, const iovec* remote,
                                    unsigned long remotes, unsigned long flags) noexcept {
+  if (blsrdma::test::forbid_reading) {
+    errno = EPERM;
+    return -1;
+  }
   return syscall(SYS_process_vm_readv, pid, local, locals, remote, remotes, flags);
 }
 
 namespace blsrdma::test {
+
+thread_local bool forbid_reading = false;
+
 namespace {
 
 int open_pidfd(pid_t pid) { return static_cast<int>(syscall(SYS_pidfd_open, pid, 0)); }
@@ -258,6 +265,7 @@ Rank::Rank(Meeting& meeting, std::uint32_t self, const Settings& settings, const
     peer.rkey.assign(blob.rkey, blob.rkey_bytes);
     peer.arena = blob.arena;
     peer.token = token(q);
+    peer.pid = blob.pid;
     peers.push_back(peer);
     if (blob.pid != getpid()) pidfds[q] = open_pidfd(blob.pid);
   }

@@ -34,8 +34,11 @@ inline constexpr Path kDirect{"direct", "posix,self", true};
 inline constexpr Path kInPlace{"in_place", "posix,self", true, true};
 inline constexpr Path kPosixPuts{"posix_puts", "posix,self", false};
 inline constexpr Path kCmaPuts{"cma_puts", "posix,cma,self", false};
-inline constexpr Path kTcp{"tcp", "tcp,self", true};
+inline constexpr Path kTcp{"tcp", "tcp,self", false};
 inline constexpr Path kPaths[] = {kDirect, kInPlace, kPosixPuts, kCmaPuts, kTcp};
+
+// Set by a thread: what it tries from here on says that it may not read another process's memory.
+extern thread_local bool forbid_reading;
 
 // A test with a path as its parameter, once for each.
 bool on_every_path(const std::string& name, const std::function<void(const Path&)>& body);

@@ -169,6 +169,16 @@ TEST(a_farewell_with_impossible_fields_is_refused) {
   }
 }
 
+TEST(nothing_in_a_control_block_overlaps) {
+  const std::uint64_t there[] = {kCounterOffset, kHeartbeatOffset, kPulledOffset, kReadsOffset, kFarewellOffset};
+  const std::uint64_t here[] = {0, kStagedHeartbeat, kStagedPulled, kStagedReads, kStagedFarewell};
+  for (std::size_t i = 1; i < std::size(there); ++i) {
+    CHECK(there[i - 1] + sizeof(Counter) <= there[i]);
+    CHECK(here[i - 1] + sizeof(Counter) <= here[i]);
+  }
+  CHECK(kStagedFarewell + sizeof(Farewell) <= kStagingBytes);
+}
+
 TEST(nothing_in_an_arena_overlaps) {
   for (const std::uint32_t ranks : {1u, 2u, 3u, 8u}) {
     for (const std::uint32_t lag : {0u, 1u, 4u}) {
