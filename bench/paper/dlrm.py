@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from itertools import count
 from math import inf
 from statistics import median
@@ -20,7 +22,9 @@ from bench.paper.workloads import Workload
 from bench.team import Team, TeamFailed
 
 NONE, ALONE = "none", "1 process, 2 threads"
+TORCHREC = "gloo"  # the runtime that it runs on
 _RANK = "bench.paper.dlrm_rank"
+_RANKS = {TORCHREC: "bench.paper.torchrec_rank"}
 _CHECKED_BATCHES = 4
 
 
@@ -36,6 +40,11 @@ class System:
     model: str = "model"  # which of the workload's models: "sharded" has the better placement
 
     @property
+    def digests(self) -> bool:
+        """Whether its bits are to be ours: TorchRec pools by another kernel, and is compared within a tolerance."""
+        return self.runtime != TORCHREC
+
+    @property
     def synchronous(self) -> bool:
         return self.lag == 0
 
@@ -45,6 +54,7 @@ def systems(workload: Workload, lags: list[int]) -> list[System]:
     found = [
         System("gloo, lag 0", "bls", 0, {"dist_backend": "gloo", "lag": 0}),
         System("Open MPI, lag 0", "openmpi-dlrm", 0, {"dist_backend": "mpi", "lag": 0}),
+        System("TorchRec on gloo", TORCHREC, 0),
         System(f"Open MPI, lag {lags[-1]}", "openmpi-dlrm", lags[-1], {"dist_backend": "mpi", "lag": lags[-1]}),
         *(System(f"bls, lag {lag}", "bls", lag, {"lag": lag}, ours=True) for lag in lags),
         System("put", "bls", inf, {"exchange": "put", "lag": 1}, ours=True),
@@ -70,7 +80,10 @@ class Teams:
         self._teams: dict[str, Team] = {}
         self._names = count()
         starting = {}
-        for runtime in ("bls", "openmpi-dlrm"):
+        for runtime in ("bls", "openmpi-dlrm", TORCHREC):
+            if runtime == TORCHREC and not find_spec("torchrec"):
+                self.skipped["TorchRec"] = "not installed: bash ci/torch-suites"
+                continue
             try:
                 starting[runtime] = Team(runtime, ranks, plan(runtime, ranks, environment.cores(), interpreters))
             except Unavailable as reason:
@@ -112,14 +125,30 @@ class Teams:
     def load(self, model: str, flags: list[str]) -> None:
         """On all ranks of all runtimes."""
         for runtime in list(self._teams):
-            self.call(runtime, f"{_RANK}:load", name=model, flags=flags, alone=False, limit=300.0)
+            function = f"{_RANKS.get(runtime, _RANK)}:load"
+            with self.peers_may_fail(runtime):
+                self.call(runtime, function, name=model, flags=flags, alone=False, limit=300.0)
+
+    @contextmanager
+    def peers_may_fail(self, runtime: str) -> Iterator[None]:
+        """Without them the rest goes on; `skipped` says why they are missing."""
+        try:
+            yield
+        except TeamFailed:
+            if runtime == "bls":
+                raise
 
     def serve(self, system: System, workload: str, changes: dict[str, Any]) -> list[dict[str, Any]]:
         """One run."""
-        return self.call(
-            system.runtime, f"{_RANK}:serve", name=f"{workload}/{system.model}", job=f"paper-{next(self._names)}",
-            changes={**system.changes, **changes},
+        replies = self.call(
+            system.runtime, f"{_RANKS.get(system.runtime, _RANK)}:serve", name=f"{workload}/{system.model}",
+            job=f"paper-{next(self._names)}", changes={**system.changes, **changes},
         )  # fmt: skip
+        if system.runtime == TORCHREC:
+            from bench.paper.torchrec_rank import together
+
+            return together(replies)
+        return replies
 
     def alone(self, workload: str, threads: int, digest: bool = False) -> list[dict[str, Any]]:
         """One process with the whole model: no exchange at all."""
@@ -170,18 +199,23 @@ class Measuring:
 
     def _check(self) -> None:
         """Digests of the first batches, undelayed and delayed."""
-        for system in self.systems:
+        for system in (one for one in self.systems if one.digests):
             for delay in (NONE, "exp:p=0.3,mean=1ms"):
                 changes = {"digest": True, "num_batches": _CHECKED_BATCHES, "delay": delay}
+                if not self.teams.has(system.runtime):
+                    continue
                 reply = self.teams.serve(system, self.workload.name, changes)[0]
                 self.values["checks"].append({
                     "system": system.name, "delay": delay, "auc": reply["auc"],
                     **{key: reply[key] for key in ("pooled_sha256", "logits_sha256")},
                 })  # fmt: skip
 
-    def _run(self, case: str, system: System, repetition: int, changes: dict[str, Any]) -> dict[str, Any]:
-        if not self.teams.has(system.runtime):
-            return {}
+    def _run(self, case: str, system: System, repetition: int, changes: dict[str, Any]) -> None:
+        if self.teams.has(system.runtime):
+            with self.teams.peers_may_fail(system.runtime):
+                self._measured(case, system, repetition, changes)
+
+    def _measured(self, case: str, system: System, repetition: int, changes: dict[str, Any]) -> None:
         replies, noise = self.again.measured(lambda: self.teams.serve(system, self.workload.name, changes))
         reply, number = replies[0], len(self.values["runs"])
         run = {"case": case, "system": system.name, "repetition": repetition, "ms": reply["ms"], **noise}
@@ -194,7 +228,6 @@ class Measuring:
         if "arrival_rate" in changes:
             self.arrays[f"{number}/arrived"] = np.array(reply["arrived"], np.int64)
         self.step(f"{case}, {system.name}")
-        return run
 
     def _alone(self, repetition: int) -> None:
         replies, noise = self.again.measured(lambda: self.teams.alone(self.workload.name, 2))

@@ -54,4 +54,4 @@ def measure(teams: Teams, model: list[str], about: str, lags: list[int]) -> dict
 
 
 def _systems(teams: Teams, lags: list[int]) -> list[System]:
-    return [one for one in systems(BALANCED, lags) if teams.has(one.runtime)]
+    return [one for one in systems(BALANCED, lags) if one.digests and teams.has(one.runtime)]
