@@ -35,4 +35,4 @@ class Engine(Loop[AlltoallvRoute, Batch]):
         dense = self._dense.slice(samples)
         with timeline.phase("dense"):
             dense.bottom(batch.dense)
-        return Pending(flight, dense, batch.slice(samples.start, samples.stop))
+        return Pending(flight, dense, batch.slice(samples.start, samples.stop, self._finish.wanted))

@@ -48,6 +48,7 @@ class Finish:
         self.replicated = {0: replicated}  # by version
         self._divided = placement.divided if mean else ()
         self._tables, self._dim = placement.num_tables, dim
+        self.wanted = {*self._divided, *placement.replicated}  # tables of whose bags it asks something
 
     def kept(self, mine: Batch) -> Tensor:
         """Memory to keep the pooled vectors of the samples `mine` in."""

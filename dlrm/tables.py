@@ -127,10 +127,16 @@ class Tables(nn.Module):
             offsets = batch.offsets[table]
             if len(batch.indices[table]) != batch.size:
                 return False
-            if id(offsets) not in seen and not bool((offsets.diff() == 1).all()):
+            if id(offsets) not in seen and not torch.equal(offsets, self._up_to(batch.size)):
                 return False
             seen.add(id(offsets))
         return True
+
+    def _up_to(self, number: int) -> Tensor:
+        """0, 1, ..., number."""
+        if len(self._offsets) <= number:
+            self._offsets = torch.arange(number + 1)
+        return self._offsets[: number + 1]
 
     def _rows_of(self, batch: Batch) -> Tensor:
         """Bags of one row: all tables at once, so that every vector is written just once, where it belongs."""
@@ -138,9 +144,7 @@ class Tables(nn.Module):
         scales = None
         if batch.weights is not None:
             scales = torch.stack([batch.weights[table] for table in self.tables], dim=1).view(-1)
-        if len(self._offsets) <= len(rows):
-            self._offsets = torch.arange(len(rows) + 1)
-        pooled = self.kernel.pool(self._all, rows, self._offsets[: len(rows) + 1], scales)
+        pooled = self.kernel.pool(self._all, rows, self._up_to(len(rows)), scales)
         return pooled.float().view(batch.size, len(self.owned), self.dim)
 
     def _rows(self, piece: Piece) -> range:

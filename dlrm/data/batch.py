@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Collection, Iterable, Iterator
+
+_NOTHING, _NO_WEIGHTS = torch.empty(0, dtype=torch.int64), torch.empty(0)
 
 
 @dataclass(frozen=True)
@@ -39,13 +41,22 @@ class Batch:
         tensors += [] if self.labels is None else [self.labels]
         return sum({id(tensor): tensor.nbytes for tensor in tensors}.values())
 
-    def slice(self, lo: int, hi: int) -> Batch:
-        """Samples lo to hi (0 <= lo <= hi <= B) as a batch of their own; views where that is possible."""
+    def slice(self, lo: int, hi: int, tables: Collection[int] | None = None) -> Batch:
+        """Samples lo to hi (0 <= lo <= hi <= B) as a batch of their own; views where that is possible.
+
+        With `tables` only the bags of those are there.
+        """
         if (lo, hi) == (0, self.size):
             return self
         moved: dict[int, tuple[Tensor, int, int]] = {}  # tables often share their offsets
         indices, offsets, weights = [], [], []
         for table, bounds in enumerate(self.offsets):
+            if tables is not None and table not in tables:
+                indices.append(_NOTHING)
+                offsets.append(_NOTHING)
+                if self.weights is not None:
+                    weights.append(_NO_WEIGHTS)
+                continue
             if id(bounds) not in moved:
                 start, end = int(bounds[lo]), int(bounds[hi])
                 moved[id(bounds)] = (bounds[lo : hi + 1] - start, start, end)
