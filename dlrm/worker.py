@@ -19,7 +19,7 @@ import torch
 from torch.distributed import PrefixStore
 from tqdm import tqdm
 
-from dlrm import checkpoint, collect, delays, kernels, metrics, planner, report
+from dlrm import checkpoint, collect, delays, heap, kernels, metrics, planner, report
 from dlrm.asking import AskEngine, AskRoute, own_tables, traffic, window_sizes
 from dlrm.collective import Collective
 from dlrm.data import open_source
@@ -64,6 +64,7 @@ class Worker:
     def __init__(self, options: Options, rank: int, ranks: int) -> None:
         self.options, self.rank, self.ranks = options, rank, ranks
         torch.set_num_threads(options.threads)
+        heap.keep_freed()
         self.source = open_source(options)
         self.shape = options.shape(self.source.table_rows, self.source.dense_features)
         self.kernel = kernels.choose(options.quantize_emb_with_bit, options.table_kernel, self.shape.dim)
@@ -94,8 +95,8 @@ class Worker:
         """Run all batches, and report at rank 0. Collective; `name` must be new to the store.
 
         `changes` replace options of this one run: lag, delay, delay_seed, num_batches, mini_batch_size, digest,
-        dist_backend. Raises Disagreement where ranks were started with different options; whatever the exchange raises
-        passes through.
+        profile, dist_backend. Raises Disagreement where ranks were started with different options; whatever the
+        exchange raises passes through.
         """
         options = replace(self.options, **changes)
         needed = self.placement.largest_message(options.mini_batch_size, self.shape.dim)
@@ -109,6 +110,7 @@ class Worker:
                 "delay": delays.parse(options.delay, options.delay_seed),
                 "keep_pooled": options.digest,
                 "replicated": self._replicated,
+                "timeline": Timeline(profile=options.profile),
                 "arrivals": arrivals and arrivals.times(self.rank, self.rank if sharded else 0),
             }
             same = all(getattr(options, name) == getattr(self.options, name) for name in DATA_OPTIONS)
@@ -135,7 +137,8 @@ class Worker:
             results = list(self._watched(running))
             cpu_seconds = time.process_time() - began
             traffic_stats = rows.stats() if options.exchange == "alltoallv" else traffic(lookup)
-            stats = traffic_stats | {"phases_ms": {name: t / 1e6 for name, t in engine.timeline.phases.items()}}
+            spent = {"phases_ms": engine.timeline.phases(), "phases_cpu_ms": engine.timeline.processor()}
+            stats = traffic_stats | {key: _milliseconds(of) for key, of in spent.items()}
             stats["cpu_seconds"], stats["resident_bytes"] = cpu_seconds, resident_bytes()
             stats["table_bytes"] = self.tables.nbytes() + (self._replicated.nbytes() if self._replicated else 0)
             return self._report(options, collector, engine.timeline, stats, results)
@@ -357,6 +360,10 @@ def _in_sample_order(by_rank: list[NDArray[np.float32]], cuts: list[NDArray[np.i
             ordered[:, first : first + samples] = mine[:, at : at + samples]
             at += samples
     return ordered
+
+
+def _milliseconds(phases: dict[str, int] | None) -> dict[str, float] | None:
+    return None if phases is None else {name: nanoseconds / 1e6 for name, nanoseconds in phases.items()}
 
 
 def resident_bytes() -> int:

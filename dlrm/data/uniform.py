@@ -48,9 +48,12 @@ class Uniform:
             random = batch_generator(self._seed, number)
             dense = torch.from_numpy(random.random((batch_size, self.dense_features), dtype=np.float32))
             indices, offsets = [], []
+            shared: dict[int, torch.Tensor] = {}  # offsets of tables whose bags are all of one size
             for table, (rows, lookups) in enumerate(zip(self.table_rows, self._lookups, strict=True)):
                 sizes = lengths(random, batch_size, lookups, self._fixed)
-                offsets.append(bounds(sizes))
+                ends = shared.get(lookups) if self._fixed else None
+                offsets.append(bounds(sizes) if ends is None else ends)
+                shared[lookups] = offsets[-1]
                 indices.append(torch.from_numpy(self._draw.rows(random, table, rows, sizes)))
             yield Batch(number * batch_size, dense, tuple(indices), tuple(offsets))
 
