@@ -67,6 +67,7 @@ class Measured:
     entry: Entry
     seconds: list[float] = field(default_factory=list)
     shares: list[dict[str, float]] = field(default_factory=list)
+    worked: list[float] = field(default_factory=list)  # share of processor time in lookups and dense
     cpu: list[float] = field(default_factory=list)  # seconds of all processes, per sample
     leads: list[int] = field(default_factory=list)
 
@@ -91,6 +92,12 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument("--rows", type=int, default=100_000, help="of each of the 26 tables (%(default)s)")
     parser.add_argument("--dense-kernel", choices=["torch", "onednn"], default="torch", help="ours (%(default)s)")
     parser.add_argument("--repeat", type=int, default=7, help="repetitions (%(default)s)")
+    parser.add_argument(
+        "--bind",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="each process with one thread has a core, in turns, as mpirun and srun do by default",
+    )
     parser.add_argument("--quick", action="store_true", help="2 ranks, lags 0 and 1, 3 repetitions of 8 batches")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything")
     add_options(parser, "dlrm")
@@ -168,7 +175,9 @@ def _measure(options: argparse.Namespace, lookups: int) -> tuple[list[Measured],
             for repetition in range(options.repeat):
                 for number in range(len(chosen)):
                     one = chosen[(number + repetition) % len(chosen)]
-                    busy.append(_time(one, teams[one.entry.team], next(jobs), options.batch))
+                    busy.append(
+                        _time(one, teams[one.entry.team], next(jobs), options.batch, options.bind, repetition % 2 == 1)
+                    )
                     bar.update()
         return chosen, busy
     finally:
@@ -190,8 +199,9 @@ def _check(teams: dict[int, Team], ranks: list[int], jobs: Any) -> None:
     _call(teams[2], "check_plain", name="alone")
 
 
-def _time(one: Measured, team: Team, job: str, batch: int) -> float:
-    """One repetition; how many cores others kept busy meanwhile."""
+def _time(one: Measured, team: Team, job: str, batch: int, bind: bool, profile: bool) -> float:
+    """One repetition; how many cores others kept busy meanwhile. With a profile its wall times by phase do not count:
+    asking for processor time is where the system lets another process have its turn."""
     entry = one.entry
     size = batch // entry.processes if not entry.ranks else batch
     replies = [
@@ -199,6 +209,7 @@ def _time(one: Measured, team: Team, job: str, batch: int) -> float:
         for reply in _call(
             team, "serve", name="ours" if entry.ranks else "alone", job=job, plain=entry.plain,
             processes=entry.processes, threads=entry.threads, batch=size, lag=entry.lag,
+            bind=bind, profile=profile,
         )
         if reply
     ]  # fmt: skip
@@ -208,7 +219,13 @@ def _time(one: Measured, team: Team, job: str, batch: int) -> float:
         return environment.busy_cores(0.05)
     spent = [phases for reply in replies for phases in reply["phases_ms"]]
     whole = 1e3 * sum(reply["seconds"] * len(reply["phases_ms"]) for reply in replies)
-    one.shares.append({name: sum(phases[name] for phases in spent) / whole for name in PHASES})
+    if profile:
+        # With more threads than one the phases count only that of the first.
+        busy = [phases for reply in replies for phases in reply["phases_cpu_ms"]]
+        worked = sum(phases["lookup"] + phases["dense"] for phases in busy) / 1e3
+        one.worked.append(worked / sum(map(_cpu_seconds, replies)))
+    else:
+        one.shares.append({name: sum(phases[name] for phases in spent) / whole for name in PHASES})
     one.leads.append(max(reply["max_lead_seen"] for reply in replies))
     return environment.busy_cores(0.05)
 
@@ -221,12 +238,13 @@ def _table(options: argparse.Namespace, lookups: int, measured: list[Measured]) 
     by_name = {one.entry.name: one for one in measured}
     table = Table(
         f"DLRM inference, {lookups} row{'s' if lookups > 1 else ''} in each bag",
-        ["<", "samples/s", "of 2 independent", "of 2 threads", "µs of CPU/sample", "outside", *PHASES],
+        ["<", "samples/s", "of 2 independent", "of 2 threads", "µs of CPU/sample", "outside", "of CPU", *PHASES],
         notes=[
             "Samples/s: medians of the repetitions ± half the interquartile range.",
             "Ratios to ours in 2 independent processes, and in 1 process with 2 threads: of medians, and their range.",
             "Phases: shares of the ranks' time, medians. Dense: MLPs and interaction.",
-            "Outside: of lookups and dense (read, post, wait, assemble, and what no phase counts).",
+            "Outside: of lookups and dense (read, post, wait, assemble, and what no phase counts). Of CPU: the same",
+            "share of processor time, the one to go by where ranks share cores: the others' turns come in any phase.",
         ],
     )
     for one in measured:
@@ -239,10 +257,11 @@ def _table(options: argparse.Namespace, lookups: int, measured: list[Measured]) 
         cells.append(f"{1e6 * median(one.cpu):.2f}")
         if one.shares:
             outside = median(1 - share["lookup"] - share["dense"] for share in one.shares)
-            cells.append(_percent(outside))
+            counted = one.worked and one.entry.threads == 1
+            cells += [_percent(outside), _percent(1 - median(one.worked)) if counted else ""]
             cells += [_percent(median(share[name] for share in one.shares)) for name in PHASES]
         else:
-            cells += [""] * (1 + len(PHASES))
+            cells += [""] * (2 + len(PHASES))
         table.rows.append(cells)
     return table
 

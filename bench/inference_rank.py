@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 TOLERANCE = 1e-4  # of probabilities, ours against plain torch's
 CHECKED_BATCHES = 4
+_CORES = sorted(os.sched_getaffinity(0))
 _workers: dict[str, Worker] = {}
 
 
@@ -66,18 +68,23 @@ def serve(
     threads: int,
     batch: int,
     lag: int,
+    bind: bool,
+    profile: bool,
 ) -> Message:
     """Serve batches of `batch` samples with the model `name`, on `processes` of the ranks where each has all of it."""
     worker = _workers[name]
     if worker.ranks == 1 and runtime.rank >= processes:
         return {}
     torch.set_num_threads(threads)
+    if bind and threads == 1:
+        os.sched_setaffinity(0, {_CORES[runtime.rank % len(_CORES)]})
     try:
         if plain:
             return _plain(worker, batch)
-        return _run(runtime, name, job, lag=lag, mini_batch_size=batch) or {}
+        return _run(runtime, name, job, lag=lag, mini_batch_size=batch, profile=profile) or {}
     finally:
         torch.set_num_threads(1)
+        os.sched_setaffinity(0, _CORES)
 
 
 def _run(runtime: Ours, name: str, job: str, **changes: Any) -> Message | None:

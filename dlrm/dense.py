@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from dlrm.errors import OptionError
 from dlrm.placement import Run, split
-from dlrm.timeline import clock
+from dlrm.timeline import Span
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -67,7 +67,7 @@ class DenseWork:
 
     def __init__(self, model: Dense, block: int) -> None:
         self.model, self.block = model, block
-        self.assembly_ns = 0  # so long has it taken to bring vectors together
+        self.assembly = Span()  # bringing vectors together
         self._spaces: dict[int, Workspace] = {}
 
     def slice(self, samples: range) -> DenseSlice:
@@ -121,21 +121,20 @@ class DenseSlice:
         logits, probabilities = torch.empty(len(self._samples)), torch.empty(len(self._samples))
         for block in self._blocks:
             space, own = self._work.space(block.size), slice(block.lo, block.hi)
-            began = clock()
-            vectors = space.vectors[block.rows]
-            vectors[:, 0] = self._bottoms[own]
-            for run in runs:
-                to = vectors[:, 1 + run.table : 1 + run.table + run.count]
-                piece = parts[run.part][own, run.position : run.position + run.count]
-                if run.add:
-                    to += piece
-                else:
-                    to[:] = piece
-            for table, lengths in (means or {}).items():
-                vectors[:, 1 + table] /= lengths[own]
-            if keep is not None:
-                keep[own] = vectors[:, 1:]
-            self._work.assembly_ns += clock() - began
+            with self._work.assembly:
+                vectors = space.vectors[block.rows]
+                vectors[:, 0] = self._bottoms[own]
+                for run in runs:
+                    to = vectors[:, 1 + run.table : 1 + run.table + run.count]
+                    piece = parts[run.part][own, run.position : run.position + run.count]
+                    if run.add:
+                        to += piece
+                    else:
+                        to[:] = piece
+                for table, lengths in (means or {}).items():
+                    vectors[:, 1 + table] /= lengths[own]
+                if keep is not None:
+                    keep[own] = vectors[:, 1:]
             space.top()
             logits[own], probabilities[own] = space.logits[block.rows], space.probabilities[block.rows]
         return logits, probabilities

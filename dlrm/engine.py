@@ -19,7 +19,7 @@ class Engine(Loop[AlltoallvRoute, Batch]):
     """Runs batches through a route and the dense model on one rank. Every rank must bring the same batches."""
 
     def _begin(self) -> None:
-        with self.timeline.phase("wait"), self._watch.away():
+        with self.timeline.phase("wait"):
             self._route.begin()
 
     def _start(self, batch: Batch) -> Pending:
@@ -28,7 +28,7 @@ class Engine(Loop[AlltoallvRoute, Batch]):
             bags.check(batch, route.tables.table_rows, self._checked)
             pooled = route.lookup(batch)
         timeline.before.append(self._watch.lap())
-        with timeline.phase("post"), self._watch.away():
+        with timeline.phase("post"):
             flight = route.post(pooled)
         timeline.posted.append(clock())
         samples = self._placement.samples(batch.size)[self._rank]

@@ -313,6 +313,11 @@ def _output_flags(add: Callable[..., Any]) -> None:
         help="SHA-256 of pooled vectors and of logits (before the sigmoid), in sample order; keeps the pooled vectors "
         "of the run in memory (implied by --verify)",
     )
+    add(
+        "--profile",
+        action="store_true",
+        help="processor time of each phase, too: what counts where ranks share cores, and take turns in any phase",
+    )
     add("--predictions", metavar="FILE", help="write click probabilities in sample order: .npy or .csv")
     add("--json", metavar="FILE", help="write all measurements; -: to stdout, in place of the table")
     add("--print-freq", type=at_least(-1), default=0, metavar="N", help="log progress every N batches; 0: never (0)")

@@ -112,14 +112,15 @@ class Loop(ABC, Generic[Way, Read]):
         keep_pooled: bool = False,
         replicated: Tables | None = None,
         arrivals: Iterator[float] | None = None,
+        timeline: Timeline | None = None,
     ) -> None:
         self._rank, self._placement, self._route, self._dense = rank, placement, route, dense
         self._finish = Finish(placement, replicated, route.tables.pooling == "mean", route.tables.dim)
         self._checked = {*route.tables.tables, *(replicated.tables if replicated else ())}
         self._delay, self._keep_pooled, self._arrivals = delay, keep_pooled, arrivals
         self._pending: deque[Pending] = deque()
-        self._watch = Stopwatch()
-        self.timeline = Timeline()
+        self.timeline = timeline or Timeline()
+        self._watch = Stopwatch(self.timeline)
 
     def _begin(self) -> None:
         """Wait until others, too, allow work on the next batch."""
@@ -136,8 +137,8 @@ class Loop(ABC, Generic[Way, Read]):
         """
         timeline, pending = self.timeline, self._pending
         with torch.inference_mode():
-            timeline.start, assembled = clock(), self._dense.assembly_ns
-            self._watch = watch = Stopwatch()
+            timeline.start, self._dense.assembly = clock(), timeline.phase("assemble")
+            self._watch = watch = Stopwatch(timeline)
             for number, batch in enumerate(self._read(batches)):
                 if timeline.begin:
                     timeline.after.append(watch.lap())
@@ -159,7 +160,6 @@ class Loop(ABC, Generic[Way, Read]):
                 yield self._complete()
             timeline.drain = watch.lap()
             timeline.end = clock()
-            timeline.split("dense", "assemble", self._dense.assembly_ns - assembled)
 
     def _read(self, batches: Iterable[Read]) -> Iterator[Read]:
         source = iter(batches)
@@ -179,7 +179,7 @@ class Loop(ABC, Generic[Way, Read]):
             if self._pending and self._ready():
                 yield self._complete()
             else:
-                with self.timeline.phase("wait"), self._watch.away():
+                with self.timeline.phase("wait"):
                     time.sleep(NAP_SECONDS)
         return arrived
 
@@ -191,20 +191,20 @@ class Loop(ABC, Generic[Way, Read]):
         self.timeline.slept.append(clock() - started if planned > 0 else 0)
 
     def _ready(self) -> bool:
-        with self.timeline.phase("wait"), self._watch.away():
+        with self.timeline.phase("wait"):
             return self._pending[0].flight.ready()
 
     def _complete(self) -> Predictions:
         """Finish the oldest pending batch, waiting for its vectors where they are not here yet."""
         pending = self._pending.popleft()
         mine = pending.mine
-        with self.timeline.phase("wait"), self._watch.away():
+        with self.timeline.phase("wait"):
             parts = pending.flight.wait()
         pooled = self._finish.kept(mine) if self._keep_pooled else None
         with self.timeline.phase("dense"):
             logits, probabilities = self._finish.predict(pending.dense, parts, mine, pooled, pending.version)
         self.timeline.emitted.append(clock())
         del parts
-        with self.timeline.phase("wait"), self._watch.away():
+        with self.timeline.phase("wait"):
             pending.flight.release()
         return Predictions(mine.first, logits, probabilities, pooled, mine.labels, pending.version)

@@ -64,6 +64,7 @@ class Options:
     threads: int
     verify: bool
     digest: bool
+    profile: bool
     predictions: str | None
     json: str | None
     timeout: float

@@ -146,6 +146,7 @@ class QueryEngine:
         keep_pooled: bool = False,
         replicated: Tables | None = None,
         arrivals: Iterator[float] | None = None,
+        timeline: Timeline | None = None,
     ) -> None:
         self._rank, self._placement = rank, placement
         self._asking, self._route, self._dense = asking, route, dense
@@ -160,7 +161,7 @@ class QueryEngine:
         self._arrived = 0
         self._number = 0
         self._naps = 0
-        self.timeline = Timeline()
+        self.timeline = timeline or Timeline()
 
     def run(self, batches: Iterable[Own]) -> Iterator[Predictions]:
         """Yield the predictions of this rank's batches, in order, each as soon as it is ready. To be used once.
@@ -168,7 +169,7 @@ class QueryEngine:
         Raises BadIndex before anything of a bad batch is sent; whatever the exchanges raise passes through.
         """
         timeline = self.timeline
-        timeline.start, assembled = clock(), self._dense.assembly_ns
+        timeline.start, self._dense.assembly = clock(), timeline.phase("assemble")
         source = iter(batches)
         with torch.inference_mode():
             self._read(source)
@@ -187,7 +188,6 @@ class QueryEngine:
                 else:
                     self._wait()
             timeline.end = clock()
-            timeline.split("dense", "assemble", self._dense.assembly_ns - assembled)
 
     def _read(self, source: Iterator[Own]) -> None:
         """The next own batch; None at their end."""

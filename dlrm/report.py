@@ -42,7 +42,8 @@ def assemble(options: Options, timelines: list[NDArray[np.int64]], stats: list[d
     `max_lead_seen`, where --dist-backend is not bls, for a collective does not tell). `floor_ms` is
     how long the run had to take, given each rank's own work and delays as they were, were the exchange free (see
     timeline.floor; None in an open loop and where input is sharded).
-    `phases_ms[r]` is where the time of rank r went (assemble: pooled vectors copied to where they are multiplied);
+    `phases_ms[r]` is where the time of rank r went (assemble: pooled vectors copied to where they are multiplied),
+    `phases_cpu_ms` where the processor time of its serving thread did (None without --profile);
     `cpu_seconds` the processor time of all its threads; `resident_bytes` its memory at the end, files not counted.
     """
     runs = np.stack([one[:-1] for one in timelines])  # [ranks, iterations, columns]
@@ -73,6 +74,7 @@ def assemble(options: Options, timelines: list[NDArray[np.int64]], stats: list[d
         "wait_ms_by_rank": waits,
         "delay_ms_by_rank": (runs[:, :, timeline.SLEPT].sum(axis=1) / 1e6).tolist(),
         "phases_ms": [one["phases_ms"] for one in stats],
+        "phases_cpu_ms": [one["phases_cpu_ms"] for one in stats] if options.profile else None,
         "cpu_seconds": [float(one["cpu_seconds"]) for one in stats],
         "resident_bytes": [int(one["resident_bytes"]) for one in stats],
         "table_bytes": [int(one["table_bytes"]) for one in stats],
@@ -101,6 +103,8 @@ def show(values: dict[str, Any]) -> None:
         rows[4:6] = [("exchanged by", backend)]
     for rank, phases in enumerate(values["phases_ms"]):
         rows.append((f"rank {rank} spent", ", ".join(f"{name} {spent:.0f} ms" for name, spent in phases.items())))
+    for rank, phases in enumerate(values["phases_cpu_ms"] or []):
+        rows.append((f"rank {rank} computed", ", ".join(f"{name} {spent:.0f} ms" for name, spent in phases.items())))
     if values["floor_ms"] is not None:
         rows.insert(3, ("floor", f"{values['floor_ms'] / values['batches']:.3f} ms/iteration, were the exchange free"))
     if values["auc"] is not None:

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import time
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from numpy.typing import NDArray
 
 clock = time.monotonic_ns  # one clock for all processes of a host
@@ -20,6 +17,26 @@ clock = time.monotonic_ns  # one clock for all processes of a host
 BEGIN, POSTED, EMITTED, BEFORE, AFTER, SLEPT, ARRIVED = range(7)
 COLUMNS = 7
 PHASES = ("read", "lookup", "post", "wait", "assemble", "dense")
+
+
+class Span:
+    """Time in one phase, summed up; not to be entered again before it is left. No generator: it is entered often."""
+
+    __slots__ = ("_began", "_profile", "_working", "nanoseconds", "processor")
+
+    def __init__(self, profile: bool = False) -> None:
+        self._profile = profile
+        self.nanoseconds = self.processor = self._began = self._working = 0
+
+    def __enter__(self) -> None:
+        self._began = clock()
+        if self._profile:
+            self._working = time.thread_time_ns()
+
+    def __exit__(self, *_: object) -> None:
+        if self._profile:
+            self.processor += time.thread_time_ns() - self._working
+        self.nanoseconds += clock() - self._began
 
 
 @dataclass
@@ -38,10 +55,27 @@ class Timeline:
     after: list[int] = field(default_factory=list)
     slept: list[int] = field(default_factory=list)  # injected delay, as really slept; part of `before`
     arrived: list[int] = field(default_factory=list)  # the batch was there to be worked on; begin in a closed loop
-    phases: dict[str, int] = field(default_factory=lambda: dict.fromkeys(PHASES, 0))  # nanoseconds of the whole run
     drain: int = 0  # work after the last wait for the bound: consuming what was still in flight
     start: int = 0
     end: int = 0
+    profile: bool = False  # count processor time of the phases, too
+
+    def __post_init__(self) -> None:
+        self._spans = {name: Span(self.profile) for name in PHASES}
+
+    def phase(self, name: str) -> Span:
+        """`with timeline.phase(name):` counts the time inside towards a phase; `assemble` is inside `dense`."""
+        return self._spans[name]
+
+    def phases(self) -> dict[str, int]:
+        """Nanoseconds of the whole run in each phase, which do not overlap."""
+        found = {name: span.nanoseconds for name, span in self._spans.items()}
+        return found | {"dense": found["dense"] - found["assemble"]}
+
+    def processor(self) -> dict[str, int] | None:
+        """The same of processor time, of the thread that serves; None without a profile."""
+        found = {name: span.processor for name, span in self._spans.items()}
+        return found | {"dense": found["dense"] - found["assemble"]} if self.profile else None
 
     def array(self) -> NDArray[np.int64]:
         """All of it, [iterations + 1, COLUMNS] by the columns above; the last row holds start, end and drain."""
@@ -49,42 +83,22 @@ class Timeline:
         last = (self.start, self.end, self.drain, *[0] * (COLUMNS - 3))
         return np.array([*zip(*columns, strict=True), last], np.int64)
 
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Count the time inside towards a phase."""
-        started = clock()
-        try:
-            yield
-        finally:
-            self.phases[name] += clock() - started
-
-    def split(self, name: str, part: str, nanoseconds: int) -> None:
-        """Count that much of a phase towards another one."""
-        self.phases[name] -= nanoseconds
-        self.phases[part] += nanoseconds
-
 
 class Stopwatch:
-    """Time since the last lap, less the time spent `away` in the exchange."""
+    """Own work since the last lap: without what a timeline counts as waiting or posting."""
 
-    def __init__(self) -> None:
-        self._from = clock()
-        self._away = 0
+    def __init__(self, timeline: Timeline) -> None:
+        self._away = (timeline.phase("wait"), timeline.phase("post"))
+        self._from, self._left = clock(), self._elsewhere()
 
-    @contextmanager
-    def away(self) -> Iterator[None]:
-        """Not to be counted."""
-        left = clock()
-        try:
-            yield
-        finally:
-            self._away += clock() - left
+    def _elsewhere(self) -> int:
+        return sum(span.nanoseconds for span in self._away)
 
     def lap(self) -> int:
-        """Nanoseconds of own work since the last lap."""
-        now = clock()
-        spent = now - self._from - self._away
-        self._from, self._away = now, 0
+        """Nanoseconds since the last lap; not to be called while waiting or posting."""
+        now, left = clock(), self._elsewhere()
+        spent = now - self._from - (left - self._left)
+        self._from, self._left = now, left
         return spent
 
 
