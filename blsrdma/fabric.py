@@ -11,6 +11,7 @@ import uuid
 from types import MappingProxyType
 
 from blsrdma.errors import BlsrdmaError, SettingsError
+from blsrdma.settings import timeout_ns
 from blsrdma.ucx import Feature, UCXContext, UCXWorker, native
 
 log = logging.getLogger("blsrdma")
@@ -23,6 +24,8 @@ UCX_SETTINGS = MappingProxyType(
         "SYSV_ERROR_HANDLING": "y",  # and UCX refuses to connect
     }
 )
+
+STOP_SECONDS = 5.0  # for the progress thread to end, when the interpreter does
 
 
 def ucx_settings() -> dict[str, str]:
@@ -55,7 +58,6 @@ class Fabric:
         self.address = bytes(self.worker.address)
         self.incarnation = uuid.uuid4().hex
         self.pid = os.getpid()
-        atexit.register(self.native.stop)  # UCX's own exit handlers must not find the thread at work
 
     @classmethod
     def of_process(cls) -> Fabric:
@@ -70,3 +72,12 @@ class Fabric:
     def allocate(self, count: int) -> native.Arena:
         """`count` bytes of zeroed, registered memory that peers can be allowed to write."""
         return native.Arena(self.context.handle, self.context, count)
+
+
+# Registered when this module is imported: after UCX's own exit handlers, which must not find the thread at work, and
+# before those of whoever uses a fabric, which close what is still open. The last to be registered runs first.
+@atexit.register
+def _stop() -> None:
+    fabric = Fabric._current
+    if fabric is not None and not fabric.native.stop(timeout_ns(STOP_SECONDS)):
+        log.warning("the progress thread has not ended within %g s: something holds it up in UCX", STOP_SECONDS)

@@ -15,6 +15,7 @@ from blsrdma import Exchange
 from blsrdma.errors import MemoryLimitExceeded, RendezvousError, SettingsError, SettingsMismatch
 from blsrdma.fabric import ucx_settings
 from blsrdma.settings import format_size
+from tests.patterns import TRANSPORTS
 from tests.ranks import run_ranks, store_server
 
 
@@ -56,8 +57,10 @@ def test_what_one_rank_refuses_ends_all(culprit: int, bad: dict[str, int], kind:
             assert result.error.message == f"rank {culprit} failed: {kind.__name__}: {message}"
 
 
-def test_mismatched_lags() -> None:
-    for result in run_ranks(_construct, 3, [{"lag": 1}, {"lag": 1}, {"lag": 2}], check=False):
+@pytest.mark.parametrize("transport", ["default", "tcp"])
+def test_mismatched_lags(transport: str) -> None:
+    settings = [{"lag": 1}, {"lag": 1}, {"lag": 2}]
+    for result in run_ranks(_construct, 3, settings, env=TRANSPORTS[transport], check=False):
         assert isinstance(result.error.exception, SettingsMismatch)
         assert "lag is 1 on ranks 0, 1; 2 on rank 2" in result.error.message
 
@@ -140,17 +143,18 @@ if exchange.rank == 1:
 """
 
 
-def test_interpreter_exit_without_close() -> None:
+@pytest.mark.parametrize("transport", ["default", "tcp"])
+def test_interpreter_exit_without_close(transport: str) -> None:
     """The rank that just ends says so to its peers, in its own process and in theirs; nobody crashes."""
     server = store_server()
     torchrun = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.port),
                 "TORCHELASTIC_USE_AGENT_STORE": "True"}  # fmt: skip
     ranks = []
     for rank in range(2):
-        environment = {**os.environ, **torchrun, "RANK": str(rank)}
+        environment = {**os.environ, **torchrun, **TRANSPORTS[transport], "RANK": str(rank)}
         command = [sys.executable, "-c", NOT_CLOSED]
         ranks.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
     errors = [rank.communicate(timeout=60)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 1], errors
-    assert "exchange 'exchange' was not closed before the interpreter ended" in errors[0]
+    assert errors[0] == "exchange 'exchange' was not closed before the interpreter ended\n"
     assert "iteration 1: rank 0 failed: BlsrdmaError: the interpreter ended without close()" in errors[1]

@@ -282,8 +282,9 @@ def _one_leaves(rank, world, store):
     exchange.close()
 
 
-def test_a_rank_that_leaves_early() -> None:
-    results = run_ranks(_one_leaves, 2, check=False)
+@pytest.mark.parametrize("transport", ["default", "tcp"])
+def test_a_rank_that_leaves_early(transport: str) -> None:
+    results = run_ranks(_one_leaves, 2, env=TRANSPORTS[transport], check=False)
     assert results[1].error is None
     assert isinstance(results[0].error.exception, PeerLeft)
     assert "iteration 3: rank 1 left before it posted it" in results[0].error.message

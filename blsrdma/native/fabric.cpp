@@ -55,25 +55,31 @@ Fabric::Fabric(ucp_worker_h worker, std::shared_ptr<void> owner)
   sigset_t all, before;
   sigfillset(&all);
   pthread_sigmask(SIG_SETMASK, &all, &before);
-  thread_ = std::thread([this] { run(); });
+  thread_ = std::thread([this] {
+    run();
+    ended_.set_value();
+  });
   pthread_sigmask(SIG_SETMASK, &before, nullptr);
   pthread_setname_np(thread_.native_handle(), "blsrdma");
 }
 
 Fabric::~Fabric() {
-  stop();
+  stop();  // whoever wants a bound has asked for it before
   close(wake_);
   close(events_);
 }
 
-void Fabric::stop() {
-  if (stopping_.exchange(true)) return;
+bool Fabric::stop(std::uint64_t at_most_ns) {
+  stopping_ = true;
+  if (!thread_.joinable()) return true;
   if (getpid() != pid_) {  // in the child of a fork the thread does not exist
-    if (thread_.joinable()) thread_.detach();
-    return;
+    thread_.detach();
+    return true;
   }
   ring(wake_);
-  if (thread_.joinable()) thread_.join();
+  if (at_most_ns != kNever && end_.wait_for(std::chrono::nanoseconds(at_most_ns)) != std::future_status::ready) return false;
+  thread_.join();
+  return true;
 }
 
 void Fabric::kick() {

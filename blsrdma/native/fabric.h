@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <deque>
 #include <functional>
+#include <future>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -16,6 +17,7 @@
 #include <vector>
 
 #include "ucx.h"
+#include "wait.h"
 
 namespace blsrdma {
 
@@ -48,7 +50,9 @@ class Fabric {
   bool until(std::function<bool()> done, std::uint64_t deadline_ns);
   // New work is queued in some Driven: wake the thread if it sleeps. Cheap when it does not.
   void kick();
-  void stop();  // idempotent; afterwards call() throws
+  // Idempotent; afterwards call() throws. False: the thread has not ended in time, because something that it runs does not
+  // return, and the fabric and all that it drives have to be kept.
+  bool stop(std::uint64_t at_most_ns = kNever);
 
   // On the progress thread (inside call).
   void attach(Driven* driven);
@@ -74,6 +78,8 @@ class Fabric {
   std::deque<std::function<void()>> commands_;
   std::vector<Driven*> driven_;                   // this and the next: touched by the progress thread only
   std::map<int, std::function<void()>> watches_;  // by file descriptor
+  std::promise<void> ended_;
+  std::future<void> end_ = ended_.get_future();
   std::thread thread_;
 };
 

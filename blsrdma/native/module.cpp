@@ -119,7 +119,18 @@ NB_MODULE(_native, m) {
              new (self) Fabric(reinterpret_cast<ucp_worker_h>(worker), keep_alive(std::move(owner)));
            },
            "worker"_a, "owner"_a)
-      .def("stop", &Fabric::stop, nb::call_guard<nb::gil_scoped_release>());
+      .def("stop",
+           [](nb::handle_t<Fabric> self, std::int64_t timeout_ns) {
+             Fabric& fabric = nb::cast<Fabric&>(self);
+             bool stopped = false;
+             {
+               const nb::gil_scoped_release release;
+               stopped = fabric.stop(timeout_ns < 0 ? kNever : static_cast<std::uint64_t>(timeout_ns));
+             }
+             if (!stopped) Py_INCREF(self.ptr());  // its thread still uses it: leaked on purpose
+             return stopped;
+           },
+           "timeout_ns"_a, "False: the progress thread has not ended in time.");
 
   nb::class_<Arena>(m, "Arena")
       .def("__init__",

@@ -38,7 +38,8 @@ def test_an_exception_in_the_loop(transport: str, no_leftovers: None) -> None:
         assert "rank 2 failed: ZeroDivisionError: in the loop" in result.error.message
 
 
-def test_ctrl_c() -> None:
+@pytest.mark.parametrize("transport", ["default", "tcp"])
+def test_ctrl_c(transport: str) -> None:
     """Ctrl-C in a wait ends that rank at once, and its peer with one message that says so."""
     server = store_server()
     torchrun = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.port),
@@ -63,7 +64,7 @@ def test_ctrl_c() -> None:
     )
     ranks = []
     for rank in range(2):
-        environment = {**os.environ, **torchrun, "RANK": str(rank)}
+        environment = {**os.environ, **torchrun, **TRANSPORTS[transport], "RANK": str(rank)}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         ranks.append(subprocess.Popen([sys.executable, "-c", script], env=environment, **pipes))
     assert ranks[0].stdout.readline() == "waiting\n"
@@ -128,13 +129,15 @@ with Exchange(lag=attempt, timeout=60) as exchange:
 """
 
 
-def test_torchrun_restarts(tmp_path: Path) -> None:
+@pytest.mark.parametrize("transport", ["default", pytest.param("tcp", marks=pytest.mark.slow)])
+def test_torchrun_restarts(transport: str, tmp_path: Path) -> None:
     """The second attempt runs on the store of the first, with other settings, and never meets what the first left."""
     script = tmp_path / "restarted.py"
     script.write_text(RESTARTED)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts",
                "1", str(script), str(tmp_path)]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    environment = {**os.environ, **TRANSPORTS[transport]}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
     assert sorted(path.name for path in tmp_path.glob("done-*")) == ["done-1-0", "done-1-1"]
 

@@ -13,7 +13,7 @@ import pytest
 
 from blsrdma import Exchange
 from blsrdma.errors import BlsrdmaError, ConcurrentUse, PeerTimeout, WindowCorrupt
-from tests.patterns import message, messages
+from tests.patterns import TRANSPORTS, message, messages
 from tests.ranks import run_ranks
 
 
@@ -44,11 +44,14 @@ def _scribble(rank, world, store, seed, checksum):
             store.set(f"outcome {rank}", outcome)
 
 
-@pytest.mark.parametrize("checksum", [False, True])
-@pytest.mark.parametrize("seed", range(4))
-def test_scribbling(seed: int, checksum: bool) -> None:
+@pytest.mark.parametrize(
+    ("transport", "seed", "checksum"),
+    [*(("default", seed, checksum) for seed in range(4) for checksum in (False, True)),
+     *((transport, 4, True) for transport in ("default-puts", "tcp", "tcp-puts"))],
+)  # fmt: skip
+def test_scribbling(transport: str, seed: int, checksum: bool) -> None:
     started = time.monotonic()
-    results = run_ranks(_scribble, 2, seed, checksum, check=False, timeout=60)
+    results = run_ranks(_scribble, 2, seed, checksum, env=TRANSPORTS[transport], check=False, timeout=60)
     assert time.monotonic() - started < 30
     for result in results:
         assert result.exit_code in (0, 1), f"crashed: {result}"
@@ -222,7 +225,7 @@ def test_shared_memory_is_its_owners_alone(tls: str) -> None:
 
 
 def _idle(rank, world, store, seconds):
-    with Exchange(store, rank, world, timeout=60) as exchange:
+    with Exchange(store, rank, world, timeout=100) as exchange:
         handle = exchange.post(np.zeros(world)) if rank == 0 else None
         if rank == 0:
             before = time.process_time()
@@ -235,6 +238,14 @@ def _idle(rank, world, store, seconds):
         store.get("waited")
         exchange.post(np.zeros(world)).wait()
         return 0.0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("transport", ["default", "tcp"])
+def test_an_idle_minute(transport: str) -> None:
+    results = run_ranks(_idle, 2, 60.0, env=TRANSPORTS[transport], timeout=120)
+    print(f"{transport}: {results[0].value:.2%} of a core while it waited a minute")
+    assert results[0].value < 0.02, f"{results[0].value:.1%} of a core"
 
 
 @pytest.mark.parametrize("environment", [{}, {"UCX_TLS": "tcp,self"}], ids=["default", "tcp"])

@@ -68,6 +68,33 @@ TEST(a_stopped_fabric_refuses_calls) {
   node.fabric->kick();
 }
 
+// Holds the thread up, as UCX might.
+class Stuck final : public Driven {
+ public:
+  std::atomic<bool> held{true}, there{false};
+  bool advance() override {
+    for (there = true; held;) usleep(100);
+    return false;
+  }
+};
+
+TEST(a_thread_that_is_held_up_does_not_hold_up_the_end) {
+  Stuck stuck;
+  const Node node(kPosixPuts);
+  node.fabric->call([&] { node.fabric->attach(&stuck); });
+  while (!stuck.there) usleep(100);
+  for (int i = 0; i < 2; ++i) {
+    const std::uint64_t began = now_ns();
+    CHECK(!node.fabric->stop(100 * kMs));
+    const std::uint64_t took = now_ns() - began;
+    CHECK(took >= 100 * kMs && took < 2000 * kMs);
+  }
+  CHECK_THROWS(std::runtime_error, node.fabric->call([] {}));
+  stuck.held = false;
+  CHECK(node.fabric->stop(10'000 * kMs));
+  CHECK(node.fabric->stop(0));
+}
+
 TEST(every_call_returns_although_the_fabric_stops) {
   for (int round = 0; round < 20; ++round) {
     const Node node(kPosixPuts);
