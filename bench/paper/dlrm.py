@@ -16,7 +16,7 @@ import numpy as np
 from bench import environment
 from bench.launchers import Interpreters, Unavailable, plan
 from bench.paper.blocks import Again
-from bench.paper.effort import Dlrm
+from bench.paper.effort import MAIN_LOAD, Dlrm
 from bench.paper.folder import Arrays
 from bench.paper.workloads import Workload
 from bench.team import Team, TeamFailed
@@ -249,12 +249,15 @@ class Measuring:
         base = {"delay": delay, "delay_seed": seed, "num_batches": self.effort.open_batches}
         for repetition in range(2):
             for system in self._order(repetition):
-                if system.synchronous and "sharded" not in system.model:
+                if system.synchronous and system.model == "model":
                     self._run("capacity", system, repetition, base)
         capacity = 1e3 / min(self._ms("capacity").values())
         self.values["capacity"] = {"batches_per_second": capacity, "delay": delay}
-        for repetition in range(self.effort.open_repeat):
+        for repetition in range(2 * self.effort.open_repeat):
             for load in self.effort.loads:
+                if repetition >= self.effort.open_repeat and load != MAIN_LOAD:
+                    continue
                 changes = {**base, "arrival_rate": load * capacity, "delay_seed": seed + repetition}
                 for system in self._order(repetition):
-                    self._run(f"load {load:g}", system, repetition, changes)
+                    if system.synchronous or system.ours:
+                        self._run(f"load {load:g}", system, repetition, changes)

@@ -8,6 +8,7 @@ from bench import delays
 from bench.cases import IRREGULAR
 
 EXPONENTIAL = "exp:p=0.1,mean=2ms"  # of the synthetic part
+MAIN_LOAD = 0.7  # that a goal is about
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Dlrm:
     delayed_repeat: int = 5
     loads: list[float] = field(default_factory=lambda: [0.5, 0.7, 0.9])
     open_batches: int = 1500
-    open_repeat: int = 3
+    open_repeat: int = 3  # at loads below MAIN_LOAD and above; there twice as many
     again: int = 60
 
 
@@ -75,14 +76,14 @@ QUICK = Effort(
     "quick",
     Synthetic([4], [0, 8], [8], repeat=3, seconds=0.05, iterations=120, exponential_iterations=500, again=20),
     Dlrm(lags=[0, 2, 8], batches=100, repeat=7, more_delays=[5], delayed_batches=60, delayed_repeat=3,
-         open_batches=300, open_repeat=2, again=25),
+         open_batches=250, open_repeat=1, again=12),
     Where(lags=[0, 4, 16], iterations=150, repeat=2, simulated_iterations=400, again=10),
 )  # fmt: skip
 TRIAL = Effort(
     "trial",
     Synthetic([2], [0, 2], [2], ["none", "exp:p=0.2,mean=300us"], ["zipf"], ["bls", "gloo", "gloo-nb"], 2, 0.01, 20,
               20, 0),
-    Dlrm(2, [0, 2], 4, 2, [5], [], 6, 2, [0.7], 10, 1, 0),
+    Dlrm(2, [0, 2], 4, 2, [5], [], 6, 2, [MAIN_LOAD], 10, 1, 0),
     Where([2], [0, 2], [5], 20, 2, [2, 8], 30, 0),
     1,
 )  # fmt: skip

@@ -104,14 +104,19 @@ def check(results: Results) -> Table:
     """The simulator next to measured runs."""
     table = Table(
         "Measured, and simulated: ms per iteration",
-        ["ranks", "<delays besides 1 ms of work", "lag", "measured", "simulated", "ratio", "ratio, sleeps unknown"],
+        ["ranks", "<delays besides 1 ms of work", "lag", "measured", "simulated", "ratio", "ratio, sleeps unknown",
+         "speed / lag 0, measured"],
         notes=[("Simulated: of the delays as they were slept, and the exchange at its smallest undelayed cost; in the "
                "last column of the delays as they were drawn, which sleeping exceeds by 0.1 ms.")],
     )  # fmt: skip
-    for one in checks(results):
+    found = checks(results)
+    bases = {(one.case.ranks, one.case.delay): one.measured for one in found if one.case.lag == 0}
+    for one in found:
         plan = one.case.delay.partition("+")[2]
+        base = bases.get((one.case.ranks, one.case.delay))
         table.rows.append([str(one.case.ranks), plan, str(one.case.lag), f"{one.measured:.3f}", f"{one.simulated:.3f}",
-                           f"{one.measured / one.simulated:.3f}", f"{one.drawn:.3f}"])  # fmt: skip
+                           f"{one.measured / one.simulated:.3f}", f"{one.drawn:.3f}",
+                           times(base / one.measured) if base else "–"])  # fmt: skip
     return table
 
 

@@ -71,16 +71,6 @@ def checks(results: Results) -> list[Check]:
     return found
 
 
-def gains(results: Results) -> dict[tuple[int, str], list[tuple[int, float]]]:
-    """By ranks and plan: (lag, time at lag 0 / time at the lag)."""
-    found: dict[tuple[int, str], list[tuple[int, float]]] = {}
-    times = {(m.case.ranks, m.case.delay, m.case.lag): m.summary.median for m in results.measurements}
-    for (ranks, plan, lag), time in times.items():
-        if plan != "none" and (ranks, plan, 0) in times:
-            found.setdefault((ranks, plan), []).append((lag, times[ranks, plan, 0] / time))
-    return found
-
-
 def maps(effort: Where) -> Arrays:
     """Simulated gains over lag 0, each [what varies, LAGS], in the order of the axes above."""
     length = effort.simulated_iterations
