@@ -64,9 +64,21 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
                         help="with files of real data; what is not there is left out (BLSRDMA_TEST_DATA)")  # fmt: skip
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="(all)")
     parser.add_argument("--report", action="store_true", help="measure nothing; report what DIR has")
-    parser.add_argument("--document", type=Path, metavar="FILE",
-                        help="write the report into this Markdown file too, its figures beside it")  # fmt: skip
+    parser.add_argument("--document", type=_document, nargs="+", default=[], metavar="FILE",
+                        help="write the report into the block `paper` of a Markdown file, its figures beside it, and "
+                        "one sentence into a block `paper-headline`")  # fmt: skip
     measuring.add_interpreters(parser)
+
+
+def _document(text: str) -> Path:
+    """Looked at before anything is measured."""
+    path = Path(text)
+    try:
+        if "<!-- bench paper" in path.read_text():
+            return path
+    except OSError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    raise argparse.ArgumentTypeError(f"{path} has no line <!-- bench paper --> or <!-- bench paper-headline -->")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -106,7 +118,8 @@ class Work:
 
     def __post_init__(self) -> None:
         self.failures: dict[str, str] = {}
-        self.command = "python -m bench " + " ".join(sys.argv[1:])
+        data = " --data DIR" if self.data else ""
+        self.command = f"python -m bench paper{'' if self.effort.name == 'full' else f' --{self.effort.name}'}{data}"
         self.environment: dict[str, Any] = {} if self.options.report else environment.describe()
         self.interpreters = Interpreters(self.options.mpich_python, self.options.openmpi_python)
         self._teams: models.Teams | None = None

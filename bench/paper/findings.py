@@ -13,8 +13,9 @@ from bench.delay_report import modelled, over_model, undelayed
 from bench.paper.dlrm import NONE
 from bench.paper.effort import EXPONENTIAL
 from bench.paper.folder import Part
-from bench.paper.goals import OURS, P99, faster, rivals, says, served, where_of
+from bench.paper.goals import LAG, OURS, P99, faster, rivals, says, served, where_of
 from bench.paper.served import Served
+from bench.paper.synthetic import SIZE
 from bench.paper.where import LAGS
 from bench.results import Measurement, Results
 from bench.table import times
@@ -56,6 +57,33 @@ def findings(parts: Mapping[str, Part]) -> list[Finding]:
         claim = "Accuracy is fully preserved."
         found.append(Finding("Exactness", claim, _exact(part)))
     return found
+
+
+def headline(parts: Mapping[str, Part]) -> str:
+    """One sentence, of what is there."""
+    found = []
+    if part := parts.get("synthetic"):
+        results = Results.of_values(part.values["results"])
+        cases = [m for m in results.measurements if m.system == OURS and m.case.delay == EXPONENTIAL and m.case.lag]
+        if cases:
+            m = next((m for m in cases if (m.case.ranks, m.case.bytes, m.case.lag) == (4, SIZE, LAG)), cases[0])
+            pairs = [
+                (rivals(results, m, blocking), kind) for blocking, kind in ((True, "blocking"), (False, "non-blocking"))
+            ]
+            ratios = [
+                f"{times(faster(some[0], m).value)} times the speed of the best {kind} peer"
+                for some, kind in pairs
+                if some
+            ]
+            found.append(f"an all-to-all under random delays at lag {m.case.lag} " + " and ".join(ratios))
+    if one := served(parts).get("balanced"):
+        gains = [one.ratio(case, one.best(case, one.synchronous(case)), one.best(case, one.uncoupled(case))).value
+                 for case in one.levels()]  # fmt: skip
+        if gains:
+            listed = ", ".join(times(gain) for gain in gains)
+            found.append(f"a DLRM whose ranks are delayed by {', '.join(one.levels())} times an iteration now and then "
+                         f"{listed} times that of the best synchronous system")  # fmt: skip
+    return f"In the run shown there: {'; '.join(found)}." if found else ""
 
 
 def _balanced(results: Results) -> Iterator[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -44,17 +44,18 @@ class Report:
     not_better: list[str]
     tables: list[Table]
     figures: list[str]
+    headline: str
 
 
 def publish(
     parts: Mapping[str, Part], failures: Mapping[str, str], absent: Mapping[str, str], folder: Folder,
-    document: Path | None, command: str,
+    documents: Sequence[Path], command: str,
 ) -> None:  # fmt: skip
     """Print the summary; write figures, report.html and, where asked, a document."""
     drawn = figures.draw(parts, folder.path / "figures")
     made = Report(
         command, _about(parts, failures, absent), goals.goals(parts), findings.findings(parts),
-        findings.not_better(parts), _tables(parts), drawn,
+        findings.not_better(parts), _tables(parts), drawn, findings.headline(parts),
     )  # fmt: skip
     (folder.path / "report.html").write_text(_page(made, folder.path / "figures"))
     out = console()
@@ -73,12 +74,22 @@ def publish(
     tables.of_goals(made.goals).print(out)
     out.print()
     out.print(f"{folder.path / 'report.html'} has everything.", highlight=False)
-    if document:
+    for document in documents:
+        _write(made, document, folder.path / "figures")
+
+
+def _write(made: Report, document: Path, drawn: Path) -> None:
+    """The blocks that a document has."""
+    text = document.read_text()
+    if "<!-- bench paper-headline -->" in text:
+        text = replaced(text, "paper-headline", made.headline)
+    if "<!-- bench paper -->" in text:
         pictures = document.parent / document.stem
         pictures.mkdir(exist_ok=True)
-        for name in drawn:
-            shutil.copy(folder.path / "figures" / f"{name}.png", pictures / f"{name}.png")
-        document.write_text(replaced(document.read_text(), "paper", _markdown(made, pictures.name)))
+        for name in made.figures:
+            shutil.copy(drawn / f"{name}.png", pictures / f"{name}.png")
+        text = replaced(text, "paper", _markdown(made, pictures.name))
+    document.write_text(text)
 
 
 def _about(parts: Mapping[str, Part], failures: Mapping[str, str], absent: Mapping[str, str]) -> list[str]:
@@ -99,8 +110,8 @@ def _about(parts: Mapping[str, Part], failures: Mapping[str, str], absent: Mappi
             f"blocks; taken by the hypervisor: at most {max(stolen):.2f}; {again} disturbed blocks measured again"
         )
     lines += [f"left out: dlrm-{name}: {why}" for name, why in absent.items()]
-    for name, part in parts.items():
-        lines += [f"left out in {name}: {what}: {why.splitlines()[0]}" for what, why in part.skipped.items()]
+    skipped = {(what, why.splitlines()[0]): name for name, part in parts.items() for what, why in part.skipped.items()}
+    lines += [f"left out, of {name} and others: {what}: {why}" for (what, why), name in skipped.items()]
     lines += [f"FAILED: {name}: {why}" for name, why in failures.items()]
     lines.append("seconds: " + ", ".join(f"{name} {part.seconds:.0f}" for name, part in parts.items()))
     if results:

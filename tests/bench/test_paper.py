@@ -40,7 +40,8 @@ def paper(*arguments: str, timeout: float = 200) -> subprocess.CompletedProcess[
 
 def test_a_part_is_measured_once_and_reported(tmp_path: Path) -> None:
     out, page = tmp_path / "out", tmp_path / "page.md"
-    page.write_text("before\n<!-- bench paper -->\n<!-- end paper -->\nafter\n")
+    marks = "".join(f"<!-- bench {name} -->\n<!-- end {name} -->\n" for name in ("paper-headline", "paper"))
+    page.write_text(f"before\n{marks}after\n")
     first = paper("--parts", "where", "--out", str(out), "--document", str(page))
     assert first.returncode == 0, first.stderr
     assert {path.name for path in out.iterdir()} == {"where.json", "where.npz", "figures", "report.html"}
@@ -204,3 +205,18 @@ def test_data_that_are_not_there_are_left_out(tmp_path: Path) -> None:
     assert set(absent) == {"criteo", "ali-ccp", "meta"}
     assert "criteo_kaggle_first8000.tsv.gz: not in --data" in workloads(tmp_path, tmp_path)[1]["criteo"]
     assert not json.dumps(absent).count(str(tmp_path))
+
+
+def test_a_document_without_a_place_for_it_is_refused_at_once(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("nothing\n")
+    done = paper("--document", str(page), "--out", str(tmp_path / "out"))
+    assert done.returncode == 2
+    assert "has no line <!-- bench paper -->" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_headline_is_of_what_was_measured() -> None:
+    text = findings.headline({"dlrm-balanced": served().part})
+    assert text.endswith("delayed by 5 times an iteration now and then 1.60 times that of the best synchronous system.")
+    assert findings.headline({}) == ""
