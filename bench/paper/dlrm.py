@@ -177,7 +177,7 @@ class Measuring:
             self.teams.load(f"{name}/sharded", [*flags, *self.workload.better])
         self.teams.call("bls", f"{_RANK}:load", name=f"{name}/alone", flags=flags, alone=True, limit=300.0)
         self._check()
-        for repetition in range(effort.repeat):
+        for repetition in range(effort.repeat if self.workload.first else effort.more_repeat):
             for system in self._order(repetition):
                 self._run(NONE, system, repetition, {})
             self._alone(repetition)
@@ -249,7 +249,7 @@ class Measuring:
         base = {"delay": delay, "delay_seed": seed, "num_batches": self.effort.open_batches}
         for repetition in range(2):
             for system in self._order(repetition):
-                if system.synchronous and system.model == "model":
+                if system.synchronous and system.model == "model" and system.runtime != TORCHREC:
                     self._run("capacity", system, repetition, base)
         capacity = 1e3 / min(self._ms("capacity").values())
         self.values["capacity"] = {"batches_per_second": capacity, "delay": delay}
@@ -259,5 +259,5 @@ class Measuring:
                     continue
                 changes = {**base, "arrival_rate": load * capacity, "delay_seed": seed + repetition}
                 for system in self._order(repetition):
-                    if system.synchronous or system.ours:
+                    if system.ours or (system.synchronous and system.runtime != TORCHREC):
                         self._run(f"load {load:g}", system, repetition, changes)

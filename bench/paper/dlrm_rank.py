@@ -47,7 +47,9 @@ class Kept:
 
 
 def load(runtime: Runtime, progress: Callable[[int], None], name: str, flags: list[str], alone: bool) -> Message:
-    """See `bench.inference_rank.load`."""
+    """See `bench.inference_rank.load`; alone: rank 0 only."""
+    if alone and runtime.rank:
+        return {}
     message = inference_rank.load(runtime, progress, name, flags, alone)
     made = worker(name)
     made.source = Kept(made.source, made.options)

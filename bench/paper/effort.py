@@ -36,8 +36,9 @@ class Dlrm:
     lags: list[int] = field(default_factory=lambda: [0, 1, 2, 4, 8, 16])
     batches: int = 300
     repeat: int = 9
+    more_repeat: int = 9  # of workloads but the first, as the next but one
     delays: list[float] = field(default_factory=lambda: [1, 5, 20])
-    more_delays: list[float] = field(default_factory=lambda: [1, 5, 20])  # of workloads but the first
+    more_delays: list[float] = field(default_factory=lambda: [1, 5, 20])
     delayed_batches: int = 150
     delayed_repeat: int = 5
     loads: list[float] = field(default_factory=lambda: [0.5, 0.7, 0.9])
@@ -75,15 +76,15 @@ FULL = Effort()
 QUICK = Effort(
     "quick",
     Synthetic([4], [0, 8], [8], repeat=3, seconds=0.05, iterations=120, exponential_iterations=500, again=20),
-    Dlrm(lags=[0, 2, 8], batches=100, repeat=7, more_delays=[5], delayed_batches=60, delayed_repeat=3,
-         open_batches=250, open_repeat=1, again=12),
+    Dlrm(lags=[0, 2, 8], batches=100, repeat=7, more_repeat=5, more_delays=[5], delayed_batches=60, delayed_repeat=3,
+         open_batches=250, open_repeat=1, again=8),
     Where(lags=[0, 4, 16], iterations=150, repeat=2, simulated_iterations=400, again=10),
 )  # fmt: skip
 TRIAL = Effort(
     "trial",
     Synthetic([2], [0, 2], [2], ["none", "exp:p=0.2,mean=300us"], ["zipf"], ["bls", "gloo", "gloo-nb"], 2, 0.01, 20,
               20, 0),
-    Dlrm(2, [0, 2], 4, 2, [5], [], 6, 2, [MAIN_LOAD], 10, 1, 0),
+    Dlrm(2, [0, 2], 4, 2, 2, [5], [], 6, 2, [MAIN_LOAD], 10, 1, 0),
     Where([2], [0, 2], [5], 20, 2, [2, 8], 30, 0),
     1,
 )  # fmt: skip
