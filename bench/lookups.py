@@ -245,7 +245,7 @@ def less(runs: Runs) -> Table:
         f"{ZIPF}, bags of one row, {runs.skewed.samples} samples a rank: moving less (medians)",
         ["<system", "ms", "speed", "MB moved", "rows fetched", "kept here", "cached", "repeated"],
         notes=["Of the rows that ranks wanted of rank 0; moved: requests and responses, preparation included.",
-               "Hot rows: the 4000 of each table that were most frequent in ten other batches."],
+               "Hot rows: the 4000 of each table that were most frequent in 40 other batches of the rank."],
     )  # fmt: skip
     plain = runs.median(ZIPF, "put, pooled")
     for label in LESS:

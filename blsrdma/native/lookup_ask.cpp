@@ -7,6 +7,12 @@
 
 namespace blsrdma {
 
+namespace {
+
+constexpr std::uint64_t kAhead = 12;  // rows between the one that is looked for and the one whose place in an index is fetched
+
+}  // namespace
+
 // Whether bags of a table are pooled here. The tables of an owner that has failed are not read, though they could be.
 bool Lookup::reads(const Table& table) const {
   return table.data && (table.owner == config_.rank || !peers_[table.owner].failure->failed());
@@ -78,6 +84,7 @@ void Lookup::gather(const Part& part, Job& job) {
   std::uint64_t copied = 0;  // rows out of the cache take slots from the end: the cache may drop them meanwhile
   for (std::uint64_t i = 0; i < count; ++i) {
     const auto row = static_cast<std::uint64_t>(part.indices[first + i]);
+    if (i + kAhead < count) kept.prefetch(static_cast<std::uint64_t>(part.indices[first + i + kAhead]));
     if (const std::byte* pinned = kept.pinned(row)) {
       it.rows[i] = pinned;
       ++stats.pinned;

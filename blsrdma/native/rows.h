@@ -29,6 +29,9 @@ class RowIndex {
       round_ = 1;
     }
   }
+  void prefetch(std::uint64_t row) const {
+    if (!entries_.empty()) __builtin_prefetch(&entries_[hash(row)]);
+  }
   std::uint32_t find(std::uint64_t row) const {
     if (entries_.empty()) return kNone;
     for (std::uint64_t at = hash(row);; at = (at + 1) & mask_) {
@@ -114,6 +117,11 @@ class KeptRows {
     here_.push_back(false);
     ++absent_;
     fill(static_cast<std::uint32_t>(pins_++), data);
+  }
+  // It will be looked for soon.
+  void prefetch(std::uint64_t row) const {
+    pinned_.prefetch(row);
+    cached_.prefetch(row);
   }
   // Where a row is that is kept for ever, and stays; else nullptr.
   const std::byte* pinned(std::uint64_t row) const {
