@@ -42,6 +42,7 @@ from blsrdma.errors import (
     VersionError,
 )
 from blsrdma.fabric import Fabric
+from blsrdma.lookup_choice import measure
 from blsrdma.lookup_errors import lookup_error, version_error
 from blsrdma.lookup_opening import deep, flat, make_core, refuse_what_cannot_be
 from blsrdma.lookup_settings import LookupSettings
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
     from torch.distributed import Store
 
     from blsrdma.asked import Out
+    from blsrdma.lookup_choice import Choice
     from blsrdma.lookup_tables import Array
 
 log = logging.getLogger("blsrdma")
@@ -145,6 +147,10 @@ class Lookup:
         self._core = self._connect(rendezvous, met, version)
         self._closed = False
         _open.add(self)
+        self._choices: list[Choice] = []
+        self._tried = 0
+        if self.settings.mode == "auto" and self.settings.serve == "thread":
+            self._choose()
         log.info(
             "lookup %r: rank %d of %d, lag %d, mode %s, %d tables, %d of them here: %s registered; kernel %s",
             name, rank, world_size, self.lag, self.settings.mode, len(self.tables), len(own.facts),
@@ -284,22 +290,24 @@ class Lookup:
         - asked of it: requests, request_bytes, response_bytes, bags, rows, wait_ns (of waits in which it was missing),
           degraded (bags that were answered with the default row); and with fetch "rows": rows fetched, and not fetched
           because they were kept, cached or repeated;
+        - read: bags that were read there; chosen, in mode auto: what is done, in words, for which of its tables;
         - served to it: requests, bags, rows, refused, busy_ns.
         """
         self._usable()
         peers = []
         for q in range(self.world_size):
             asked = ("requests", "request_bytes", "response_bytes", "bags", "rows", "wait_ns", "degraded", "fetched",
-                     "kept", "cached", "repeated")  # fmt: skip
+                     "kept", "cached", "repeated", "read")  # fmt: skip
             served = ("requests", "bags", "rows", "refused", "busy_ns")
             path = "self" if q == self.rank else self._path(q)
             peers.append(
                 {"rank": q, "path": path, "transport": self._core.transport(q) if path == "put" else "",
                  "asked": dict(zip(asked, self._core.stats(q), strict=True)),
-                 "served": dict(zip(served, self._core.served(q), strict=True))}
+                 "served": dict(zip(served, self._core.served(q), strict=True)),
+                 "chosen": {str(each): list(each.tables) for each in self._choices if each.owner == q}}
             )  # fmt: skip
         return {
-            "asks": self._core.next,
+            "asks": self._core.next - self._tried,
             "version": self._core.version,
             "memory_bytes": self.memory_bytes,
             "peers": peers,
@@ -391,6 +399,18 @@ class Lookup:
                 f"{', '.join(map(str, apart))} ({core.transport(apart[0])}), and reads over the network are not served "
                 "yet (over TCP UCX would emulate them, and need the owner): use mode put, or auto"
             )
+
+    def _choose(self) -> None:
+        """Measure both ways, and say what was chosen."""
+        self._choices = list(measure(self._core, self._tables, self.rank, self._timeout_ns))
+        self._tried = self._core.next
+        self._core.forget_stats()
+        for each in self._choices:
+            log.info(
+                "lookup %r: rank %d, tables %s of rank %d: %s; a bag of n rows costs %.0f + %.1f n ns read, "
+                "%.0f + %.1f n asked for", self.name, self.rank, ", ".join(map(str, each.tables)), each.owner, each,
+                *each.costs,
+            )  # fmt: skip
 
     def _path(self, peer: int) -> str:
         if self._core.readable(peer):

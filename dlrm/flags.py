@@ -274,7 +274,8 @@ def _serving_flags(add: Callable[..., Any]) -> None:
         default="alltoallv",
         help="alltoallv: a collective of all ranks in every iteration; put: each rank asks the owners, who pool and "
         "answer apart from their own loops; get: it reads the rows it needs out of the owners' memory, and pools them; "
-        "auto: get from owners whose memory is mapped here, put from others (alltoallv)",
+        "auto: get where the owner's memory is mapped here and that costs less, as measured at the start, else put "
+        "(alltoallv)",
     )
     add(
         "--arrival-rate",

@@ -63,6 +63,7 @@ Lookup::Lookup(std::shared_ptr<Fabric> fabric, std::shared_ptr<Arena> requests, 
   }
   std::uint64_t remote = 0;
   for (const Table& each : tables_.at(0)) remote += each.owner == config.rank ? 0 : each.rows * each.row_bytes;
+  costs_.resize(tables_.at(0).size());
   kept_.resize(tables_.at(0).size());
   for (std::size_t t = 0; t < kept_.size(); ++t) {
     const Table& table = tables_.at(0)[t];

@@ -46,8 +46,19 @@ struct AskStats {  // of one owner
   std::uint64_t rows = 0;
   std::uint64_t wait_ns = 0;   // waits in which it was missing
   std::uint64_t degraded = 0;  // bags that were answered with default rows
+  std::uint64_t read = 0;      // bags that were read there
   // Where rows are fetched: how many were, and were not because they were kept, cached or wanted already.
   std::uint64_t fetched = 0, pinned = 0, cached = 0, repeated = 0;
+};
+
+// What a bag of a table that can be read here costs, in ns, by itself and for each of its rows.
+struct Costs {
+  double read_bag = 0, read_row = 0, ask_bag = 0, ask_row = 0;
+
+  bool ask(const Part& part) const {
+    const auto bags = static_cast<double>(part.bags), rows = static_cast<double>(part.offsets[part.bags] - part.offsets[0]);
+    return bags * ask_bag + rows * ask_row < bags * read_bag + rows * read_row;
+  }
 };
 
 class Lookup {
@@ -102,6 +113,9 @@ class Lookup {
   std::vector<std::uint32_t> missing(std::uint64_t number) const;  // owners that have not answered it
   // Get rows of a table of another rank and keep them for ever. One's own, and tables that are read, need none of that.
   Outcome keep(std::uint32_t table, const std::int64_t* rows, std::uint64_t count, std::uint64_t deadline_ns);
+  // Choose by these costs whether bags of a table are read or asked for; without, they are read where they can be.
+  void prefer(std::uint32_t table, const Costs& costs) { costs_.at(table) = costs; }
+  void forget_stats() { stats_.assign(stats_.size(), {}); }
   // No more asks: serve the others until they say the same, or have left.
   Outcome finish(std::uint64_t deadline_ns);
 
@@ -225,6 +239,7 @@ class Lookup {
   std::vector<std::unique_ptr<Channel>> asking_, answering_;  // by rank; none for oneself
   std::vector<PeerState> peers_;
   std::vector<AskStats> stats_;
+  std::vector<Costs> costs_;    // by table
   std::vector<KeptRows> kept_;  // by table
   RowIndex seen_;               // rows of one part
   std::map<std::uint64_t, std::unique_ptr<Ask>> asks_;

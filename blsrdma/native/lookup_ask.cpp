@@ -190,7 +190,8 @@ Outcome Lookup::ask(const std::vector<Part>& parts, std::uint64_t deadline_ns, s
     stats.bags += part.bags;
     stats.rows += static_cast<std::uint64_t>(part.offsets[part.bags] - part.offsets[0]);
     if (part.bags == 0) continue;
-    if (reads(table)) {
+    if (reads(table) && (table.owner == config_.rank || !costs_[part.table].ask(part))) {
+      stats.read += table.owner == config_.rank ? 0 : part.bags;
       ask.here.push_back(&part);
       continue;
     }

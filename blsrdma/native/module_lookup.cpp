@@ -276,6 +276,13 @@ void bind_lookup(nb::module_& m) {
              return without_gil([&] { return self.finish(deadline(timeout_ns)); });
            },
            "timeout_ns"_a)
+      .def("prefer",
+           [](Lookup& self, std::uint32_t table, const std::tuple<double, double, double, double>& costs) {
+             const auto& [read_bag, read_row, ask_bag, ask_row] = costs;
+             self.prefer(table, {read_bag, read_row, ask_bag, ask_row});
+           },
+           "table"_a, "costs"_a)
+      .def("forget_stats", &Lookup::forget_stats)
       .def("make_room",
            [](Lookup& self, std::uint64_t version, std::int64_t timeout_ns) {
              std::uint32_t place = 0;
@@ -310,7 +317,7 @@ void bind_lookup(nb::module_& m) {
            [](const Lookup& self, std::uint32_t owner) {
              const AskStats& it = self.stats(owner);
              return std::tuple(it.requests, it.request_bytes, it.response_bytes, it.bags, it.rows, it.wait_ns, it.degraded,
-                               it.fetched, it.pinned, it.cached, it.repeated);
+                               it.fetched, it.pinned, it.cached, it.repeated, it.read);
            },
            "owner"_a)
       .def("served",

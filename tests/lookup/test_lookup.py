@@ -19,6 +19,7 @@ from blsrdma.errors import (
     SettingsMismatch,
 )
 from blsrdma.lookup import Lookup
+from blsrdma.lookup_choice import Choice
 from blsrdma.lookup_settings import LookupSettings
 from blsrdma.lookup_tables import Bags, Rows, describe, hot_rows
 from tests.lookup.bags import DIMS, FORMATS, draw, pooled, rows, same_bits
@@ -82,6 +83,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "rows": ({"lag": 2, "fetch": "rows", "cache_bytes": 20000}, {}),
     "rows, cut, tcp": ({"lag": 1, "fetch": "rows", "request_bytes": 128, "response_bytes": 1024}, TRANSPORTS["tcp"]),
     "rows, each time": ({"lag": 0, "fetch": "rows", "dedupe": False, "pooling": "mean"}, {}),
+    "auto": ({"lag": 2, "mode": "auto"}, {}),
     "a small share": ({"lag": 1, "serve_share": 0.2}, {}),
 }
 
@@ -92,7 +94,7 @@ def test_torchs_bits_in_every_mode(name: str, no_leftovers: None) -> None:
     results = run_ranks(exact, 3, 5, settings, 25, env=env)
     assert all(result.value["checked"] > 50 for result in results)
     peers = results[0].value["stats"]["peers"]
-    wanted = "read" if name == "get" else "put" if "tcp" in name or "puts" in name else "direct"
+    wanted = "read" if name in ("get", "auto") else "put" if "tcp" in name or "puts" in name else "direct"
     assert [peer["path"] for peer in peers] == ["self", wanted, wanted]
 
 
@@ -146,6 +148,39 @@ def test_what_is_kept_is_not_asked_for() -> None:
     assert 0 < small["cached"] < all_["cached"]
     assert all_["fetched"] == 259  # every other row once
     assert all_["response_bytes"] < small["response_bytes"] < once["response_bytes"]
+
+
+def chosen(rank: int, world: int, store: Any) -> list[Any]:
+    """In mode auto, told that one way costs more than the other: by the bags, by their rows, and as it was measured."""
+    weight = torch.randn(200, 16, generator=torch.Generator().manual_seed(1))
+    with Lookup({0: weight, 1: weight} if rank == 0 else {}, store, rank, world, mode="auto") as lookup:
+        if rank == 0:
+            return []
+        rng = np.random.default_rng(0)
+        found = [lookup.stats()]
+        short, long = Bags(1, torch.arange(8), torch.arange(9)), draw(rng, 1, 200, 10, 60)
+        for costs in ((1, 1, 2, 2), (2, 2, 1, 1), (0, 3, 20, 1)):
+            lookup._core.prefer(1, costs)
+            for bags in (short, long):
+                assert same_bits(lookup.ask([bags]).wait()[0], pooled(Rows(weight), bags))
+            found.append(lookup.stats())
+        return [(each["asks"], each["peers"][0]["asked"], each["peers"][0]["chosen"]) for each in found]
+
+
+def test_auto_chooses_by_what_was_measured() -> None:
+    found = run_ranks(chosen, 2)[1].value
+    assert [asks for asks, _, _ in found] == [0, 2, 4, 6]
+    assert [asked["requests"] for _, asked, _ in found] == [0, 0, 2, 3]
+    assert [asked["read"] for _, asked, _ in found] == [0, 18, 18, 26]
+    ((words, tables),) = found[0][2].items()
+    assert tables == [0, 1]
+    assert words.startswith(("read", "ask"))
+
+
+def test_a_choice_in_words() -> None:
+    said = [str(Choice(0, (), *costs)) for costs in ((1, 1, 2, 2), (2, 2, 1, 1), (0, 3, 20, 1), (20, 1, 0, 3))]
+    assert said == ["read", "ask", "ask for bags of more than 10 rows, read others",
+                    "ask for bags of less than 10 rows, read others"]  # fmt: skip
 
 
 def huge_bag(rank: int, world: int, store: Any) -> int:
