@@ -285,8 +285,8 @@ class Lookup:
     def stats(self) -> dict[str, Any]:
         """What happened so far: `asks`, `version`, `memory_bytes`, and `peers`, one entry per rank:
 
-        - path: self, direct (stores into mapped memory), put (UCX), read (get mode: its tables are mapped here); and
-          transport, UCX's choice for puts;
+        - path: self, direct (stores into mapped memory), put (UCX), read (get mode); and transport, UCX's choice for
+          puts; of reads mapped (loads), or cma (process_vm_readv, where its memory cannot be mapped);
         - asked of it: requests, request_bytes, response_bytes, bags, rows, wait_ns (of waits in which it was missing),
           degraded (bags that were answered with the default row); and with fetch "rows": rows fetched, and not fetched
           because they were kept, cached or repeated;
@@ -301,7 +301,7 @@ class Lookup:
             served = ("requests", "bags", "rows", "refused", "busy_ns")
             path = "self" if q == self.rank else self._path(q)
             peers.append(
-                {"rank": q, "path": path, "transport": self._core.transport(q) if path == "put" else "",
+                {"rank": q, "path": path, "transport": self._transport(q, path),
                  "asked": dict(zip(asked, self._core.stats(q), strict=True)),
                  "served": dict(zip(served, self._core.served(q), strict=True)),
                  "chosen": {str(each): list(each.tables) for each in self._choices if each.owner == q}}
@@ -372,7 +372,8 @@ class Lookup:
             core = make_core(self._fabric, self._arenas, self._tables, self._own, self._geometry, self.rank,
                              self.settings, version, met.epoch, self._neighbours.here)  # fmt: skip
             peers = [
-                (q, blob["address"], [(each["rkey"], each["base"], each["token"]) for each in blob["arenas"]])
+                (q, blob["address"], [(each["rkey"], each["base"], each["token"]) for each in blob["arenas"]],
+                 self._neighbours.pid(q))
                 for q, blob in enumerate(blobs) if q != self.rank
             ]  # fmt: skip
             core.connect(peers, self._neighbours.pidfds(), self._timeout_ns)
@@ -395,9 +396,10 @@ class Lookup:
         owners = {facts.owner for facts in self._tables} - {self.rank}
         if apart := [q for q in sorted(owners) if not core.readable(q)]:
             raise ReadsUnavailable(
-                f"lookup {self.name!r}, mode get: rank {self.rank} cannot map the tables of rank "
-                f"{', '.join(map(str, apart))} ({core.transport(apart[0])}), and reads over the network are not served "
-                "yet (over TCP UCX would emulate them, and need the owner): use mode put, or auto"
+                f"lookup {self.name!r}, mode get: rank {self.rank} can neither map nor read the tables of rank "
+                f"{', '.join(map(str, apart))} ({core.transport(apart[0])}): it is on another host, or the system "
+                "forbids it, and reads over the network are not there yet (over TCP UCX would emulate them, and need "
+                "the owner): use mode put, or auto"
             )
 
     def _choose(self) -> None:
@@ -411,6 +413,11 @@ class Lookup:
                 "%.0f + %.1f n asked for", self.name, self.rank, ", ".join(map(str, each.tables)), each.owner, each,
                 *each.costs,
             )  # fmt: skip
+
+    def _transport(self, peer: int, path: str) -> str:
+        if path == "read":
+            return "mapped" if self._core.mapped(peer) else "cma"
+        return self._core.transport(peer) if path == "put" else ""
 
     def _path(self, peer: int) -> str:
         if self._core.readable(peer):

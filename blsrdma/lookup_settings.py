@@ -3,7 +3,7 @@
 | keyword         | default | meaning |
 |-----------------|---------|---------|
 | mode            | put     | put: owners pool rows and put them; get: requesters read rows and pool them; |
-|                 |         | auto: get from owners whose tables are mapped here where that costs less (measured |
+|                 |         | auto: get from owners whose tables can be read here where that costs less (measured |
 |                 |         | at the start, see blsrdma.lookup_choice), put from the others |
 | fetch           | bags    | what owners are asked for in put mode. bags: they pool. rows: they send them as stored, |
 |                 |         | and they are pooled here; dedupe, cache_bytes and Lookup.keep() then spare some |

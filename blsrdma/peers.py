@@ -50,6 +50,11 @@ class Neighbours:
         """Ranks on this host, this one included."""
         return sum(process is not None for process in self._processes)
 
+    def pid(self, peer: int) -> int:
+        """Of a peer's process on this host; 0 for one elsewhere."""
+        process = self._processes[peer]
+        return 0 if process is None else process[0]
+
     def pidfds(self) -> list[int]:
         """A pidfd of each peer's process on this host, -1 for the others. Raises ProcessLookupError if one is gone."""
         return [

@@ -141,12 +141,16 @@ void Lookup::connect(const std::vector<Peer>& peers, std::vector<int> pidfds, st
         state.staging.resize(config_.requests.windows);
         for (auto& each : state.staging) each.resize(config_.requests.window_bytes);
       }
-      if (!config_.read || peer.tables.rkey.empty()) continue;
-      if (ucp_ep_rkey_unpack(asking_[q]->endpoint(), peer.tables.rkey.data(), &state.tables) != UCS_OK) continue;
+      if (!config_.read || !config_.allow_direct || peer.tables.rkey.empty()) continue;
+      state.tables_there = peer.tables.arena;
       void* mapped = nullptr;
-      if (!config_.allow_direct || ucp_rkey_ptr(state.tables, peer.tables.arena, &mapped) != UCS_OK) continue;
-      if (std::memcmp(mapped, peer.tables.token.data(), std::min<std::size_t>(peer.tables.token.size(), kLine)) == 0) {
+      // Only the token tells that this is the arena.
+      if (ucp_ep_rkey_unpack(asking_[q]->endpoint(), peer.tables.rkey.data(), &state.tables) == UCS_OK &&
+          ucp_rkey_ptr(state.tables, peer.tables.arena, &mapped) == UCS_OK &&
+          std::memcmp(mapped, peer.tables.token.data(), std::min<std::size_t>(peer.tables.token.size(), kLine)) == 0) {
         state.mapped = static_cast<std::byte*>(mapped);
+      } else {
+        state.reader.open(peer.tables.pid, peer.tables.arena, peer.tables.token);
       }
     }
     liveness_->start(*fabric_);

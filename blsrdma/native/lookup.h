@@ -30,6 +30,7 @@
 #include "inbox.h"
 #include "liveness.h"
 #include "query.h"
+#include "reader.h"
 #include "rows.h"
 #include "serve.h"
 #include "turn.h"
@@ -89,7 +90,7 @@ class Lookup {
   struct Peer {
     PeerAddress requests;   // its request arena
     PeerAddress responses;  // its response arena
-    PeerAddress tables;     // its arena of tables; no rkey: not to be read
+    PeerAddress tables;     // its arena of tables; no rkey: not to be read. Its pid counts, too
   };
 
   // `tables`: the same list on every rank; data of those that this rank owns, which lie in `table_memory` where others may
@@ -134,7 +135,8 @@ class Lookup {
   const AskStats& stats(std::uint32_t owner) const { return stats_[owner]; }
   const ServeStats& served(std::uint32_t client) const { return server_->stats(client); }
   bool direct(std::uint32_t peer) const { return peers_[peer].asking && peers_[peer].asking->direct(); }
-  bool readable(std::uint32_t owner) const { return peers_[owner].mapped; }
+  bool mapped(std::uint32_t owner) const { return peers_[owner].mapped; }
+  bool readable(std::uint32_t owner) const { return peers_[owner].mapped || peers_[owner].reader; }
   std::string transport(std::uint32_t peer) const;
   std::uint64_t silence_ns(std::uint32_t peer) const { return liveness_ ? liveness_->silence_ns(peer) : 0; }
   std::uint64_t next() const { return next_; }
@@ -186,6 +188,8 @@ class Lookup {
     Channel* answering = nullptr;    // responses to it
     ucp_rkey_h tables = nullptr;
     std::byte* mapped = nullptr;     // its tables
+    Reader reader;                   // else: whether they can be read in its process's memory
+    std::uint64_t tables_there = 0;  // their arena, its own address
     std::vector<Job> jobs;           // job j at j % (lag + 1)
     std::uint64_t oldest = 0;        // incomplete job
     std::uint64_t writing = 0;       // job that has not been written into requests wholly
@@ -206,7 +210,10 @@ class Lookup {
   bool reads(const Table& table) const;
   Outcome open_ask(std::uint64_t deadline_ns, Ask*& ask);
   Job& job_for(PeerState& peer, Ask& ask);
+  void collect(const Part& part, Gather& gather);
   void gather(const Part& part, Job& job);
+  void read_apart(const Part& part, Ask& ask);
+  void lose_read(std::uint32_t owner, const Part& part, Ask& ask, const std::string& text);
   void pool_gathered(const Gather& gather);
   bool pump();
   void pump(std::uint32_t owner);
@@ -242,6 +249,8 @@ class Lookup {
   std::vector<Costs> costs_;    // by table
   std::vector<KeptRows> kept_;  // by table
   RowIndex seen_;               // rows of one part
+  Gather apart_;                // rows that are read in another process's memory
+  std::vector<iovec> pieces_;
   std::map<std::uint64_t, std::unique_ptr<Ask>> asks_;
   std::vector<std::unique_ptr<Ask>> spare_;
   Scratch scratch_;

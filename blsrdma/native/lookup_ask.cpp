@@ -1,6 +1,8 @@
 // Lookup: what a rank asks for, and how its bags are put together.
 #include <algorithm>
+#include <cerrno>
 #include <cstring>
+#include <string>
 #include <utility>
 
 #include "lookup.h"
@@ -11,11 +13,16 @@ namespace {
 
 constexpr std::uint64_t kAhead = 12;  // rows between the one that is looked for and the one whose place in an index is fetched
 
+std::string overwritten(std::uint64_t version) {
+  return "it has put other tables where version " + std::to_string(version) + " was read: it takes this rank for gone";
+}
+
 }  // namespace
 
 // Whether bags of a table are pooled here. The tables of an owner that has failed are not read, though they could be.
 bool Lookup::reads(const Table& table) const {
-  return table.data && (table.owner == config_.rank || !peers_[table.owner].failure->failed());
+  if (table.owner == config_.rank) return true;
+  return (table.data || peers_[table.owner].reader) && !peers_[table.owner].failure->failed();
 }
 
 // Wait until another ask may be open, and open it.
@@ -65,14 +72,12 @@ Lookup::Job& Lookup::job_for(PeerState& peer, Ask& ask) {
   return job;
 }
 
-// Find the rows of a part: kept here, in the cache, or to be fetched. If all are here, it is pooled at once.
-void Lookup::gather(const Part& part, Job& job) {
+// Find the rows of a part: kept here, in the cache, or missing.
+void Lookup::collect(const Part& part, Gather& it) {
   const Table& table = tables()[part.table];
   KeptRows& kept = kept_[part.table];
   AskStats& stats = stats_[table.owner];
   const std::uint64_t first = part.first(), count = static_cast<std::uint64_t>(part.offsets[part.bags]) - first;
-  if (job.used == job.gathers.size()) job.gathers.emplace_back();
-  Gather& it = job.gathers[job.used];
   it.part = &part;
   it.rows.resize(count);
   it.missing.clear();
@@ -106,10 +111,56 @@ void Lookup::gather(const Part& part, Job& job) {
       ++stats.fetched;
     }
   }
+}
+
+// Ask for the rows of a part that are not here. If all are here, it is pooled at once.
+void Lookup::gather(const Part& part, Job& job) {
+  if (job.used == job.gathers.size()) job.gathers.emplace_back();
+  Gather& it = job.gathers[job.used];
+  collect(part, it);
   if (it.missing.empty()) return pool_gathered(it);
   ++job.used;
   job.parts.push_back(&part);
   job.fetches.push_back({part.table, it.missing.data(), it.missing.size(), it.buffer.get()});
+}
+
+// Read the rows of a part in the memory of its owner's process, which is not mapped here, neighbours in one piece.
+void Lookup::read_apart(const Part& part, Ask& ask) {
+  const Table& table = tables()[part.table];
+  PeerState& peer = peers_[table.owner];
+  if (peer.failure->failed()) return give_up(table.owner, part, ask);
+  collect(part, apart_);
+  pieces_.clear();
+  for (std::size_t k = 0; k < apart_.missing.size(); ++k) {
+    if (k && apart_.missing[k] == apart_.missing[k - 1] + 1) {
+      pieces_.back().iov_len += table.row_bytes;
+      continue;
+    }
+    pieces_.push_back({reinterpret_cast<void*>(peer.tables_there + table.offset + apart_.missing[k] * table.row_bytes),
+                       table.row_bytes});
+  }
+  std::uint64_t there = VersionWord::kNone;
+  int error = peer.reader.read(apart_.buffer.get(), pieces_);
+  if (!error) {
+    error = peer.reader.read(reinterpret_cast<std::byte*>(&there), sizeof there,
+                             peer.tables_there + VersionWord::kOffset + sizeof there * place_);
+  }
+  // Its pid was its own if it still lives now.
+  if (error || liveness_->dead(table.owner)) {
+    return lose_read(table.owner, part, ask,
+                     error && error != ESRCH ? std::string("its memory cannot be read: ") + std::strerror(error)
+                                             : "its process has ended");
+  }
+  if (there != version_) return lose_read(table.owner, part, ask, overwritten(version_));
+  pool_gathered(apart_);
+  for (std::size_t k = 0; k < apart_.missing.size(); ++k) {
+    kept_[part.table].insert(apart_.missing[k], apart_.buffer.get() + k * table.row_bytes);
+  }
+}
+
+void Lookup::lose_read(std::uint32_t owner, const Part& part, Ask& ask, const std::string& text) {
+  lose(owner, Outcome::peer_died, text);
+  give_up(owner, part, ask);
 }
 
 void Lookup::pool_gathered(const Gather& gather) {
@@ -212,13 +263,18 @@ Outcome Lookup::ask(const std::vector<Part>& parts, std::uint64_t deadline_ns, s
     pump(q);
   }
   // One's own rows, while the others look theirs up.
-  for (const Part* part : ask.here) pool_here(*part, tables()[part->table], scratch_);
+  for (const Part* part : ask.here) {
+    const Table& table = tables()[part->table];
+    if (table.data || table.owner == config_.rank) {
+      pool_here(*part, table, scratch_);
+    } else {
+      read_apart(*part, ask);
+    }
+  }
   for (const Part* part : ask.here) {
     const std::uint32_t owner = tables()[part->table].owner;
-    if (owner == config_.rank || VersionWord(peers_[owner].mapped, place_).still(version_)) continue;
-    lose(owner, Outcome::peer_died, "it has put other tables where version " + std::to_string(version_) +
-                                        " was read: it takes this rank for gone");
-    give_up(owner, *part, ask);
+    if (!peers_[owner].mapped || VersionWord(peers_[owner].mapped, place_).still(version_)) continue;
+    lose_read(owner, *part, ask, overwritten(version_));
   }
   pump();
   return Outcome::ok;

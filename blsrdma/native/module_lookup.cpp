@@ -218,15 +218,15 @@ void bind_lookup(nb::module_& m) {
       .def("connect",
            [](Lookup& self,
               const std::vector<std::tuple<std::uint32_t, nb::bytes,
-                                           std::vector<std::tuple<nb::bytes, std::uint64_t, nb::bytes>>>>& peers,
+                                           std::vector<std::tuple<nb::bytes, std::uint64_t, nb::bytes>>, pid_t>>& peers,
               std::vector<int> pidfds, std::int64_t timeout_ns) {
              const auto text = [](const nb::bytes& bytes) { return std::string(bytes.c_str(), bytes.size()); };
              std::vector<Lookup::Peer> all;
-             for (const auto& [rank, worker, arenas] : peers) {
+             for (const auto& [rank, worker, arenas, pid] : peers) {
                PeerAddress planes[3];
                for (std::size_t i = 0; i < 3 && i < arenas.size(); ++i) {
                  const auto& [rkey, address, token] = arenas[i];
-                 planes[i] = {rank, text(worker), text(rkey), address, text(token)};
+                 planes[i] = {rank, text(worker), text(rkey), address, text(token), pid};
                }
                all.push_back({planes[0], planes[1], planes[2]});
              }
@@ -327,6 +327,7 @@ void bind_lookup(nb::module_& m) {
            },
            "client"_a)
       .def("direct", &Lookup::direct, "peer"_a)
+      .def("mapped", &Lookup::mapped, "owner"_a)
       .def("readable", &Lookup::readable, "owner"_a)
       .def("transport", &Lookup::transport, "peer"_a, nb::call_guard<nb::gil_scoped_release>())
       .def("silence_ns", &Lookup::silence_ns, "peer"_a)

@@ -7,6 +7,12 @@
 #include <vector>
 
 namespace blsrdma {
+namespace {
+
+constexpr std::size_t kMostPieces = 1024;         // of one call: IOV_MAX
+constexpr std::uint64_t kMostBytes = 1u << 26;  // about; a call cannot be interrupted
+
+}  // namespace
 
 bool Reader::open(pid_t pid, std::uint64_t at, const std::string& token) {
   pid_ = pid;
@@ -25,6 +31,23 @@ int Reader::read(std::byte* to, std::uint64_t bytes, std::uint64_t from) const {
     to += got;
     from += static_cast<std::uint64_t>(got);
     bytes -= static_cast<std::uint64_t>(got);
+  }
+  return 0;
+}
+
+int Reader::read(std::byte* to, const std::vector<iovec>& pieces) const {
+  for (std::size_t first = 0; first < pieces.size();) {
+    std::size_t count = 0;
+    std::uint64_t bytes = 0;
+    for (; count < kMostPieces && first + count < pieces.size() && bytes < kMostBytes; ++count) {
+      bytes += pieces[first + count].iov_len;
+    }
+    const iovec here{to, bytes};
+    const ssize_t got = process_vm_readv(pid_, &here, 1, &pieces[first], count, 0);
+    if (got < 0) return errno;
+    if (static_cast<std::uint64_t>(got) != bytes) return EFAULT;
+    to += bytes;
+    first += count;
   }
   return 0;
 }

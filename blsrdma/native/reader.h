@@ -3,10 +3,12 @@
 #pragma once
 
 #include <sys/types.h>
+#include <sys/uio.h>
 
 #include <cstddef>
 #include <cstdint>
 #include <string>
+#include <vector>
 
 namespace blsrdma {
 
@@ -18,6 +20,8 @@ class Reader {
   explicit operator bool() const { return pid_ != 0; }
   // 0, or errno. That the process had this pid all the while is known once it is found alive afterwards.
   int read(std::byte* to, std::uint64_t bytes, std::uint64_t from) const;
+  // The same for many pieces, which go to `to` one after another.
+  int read(std::byte* to, const std::vector<iovec>& pieces) const;
 
  private:
   pid_t pid_ = 0;

@@ -67,7 +67,7 @@ def test_with_every_kind_of_rows(line: str) -> None:
 
 @pytest.mark.slow
 def test_over_tcp() -> None:
-    env = {"UCX_TLS": "tcp,self"}
+    env = {"UCX_TLS": "tcp,self", "BLSRDMA_DIRECT": "0"}
     found = asked(2, f"{SMALL} --lag 2 --exchange put", env=env) + asked(2, f"{SMALL} --exchange auto", env=env)
     assert digests(found) == digests(run(1, SMALL))
     assert set(found[0]["bytes_by_path"]) == set(found[1]["bytes_by_path"]) == {"self", "put"}

@@ -80,6 +80,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "inline": ({"lag": 2, "serve": "inline"}, {}),
     "inline, tcp": ({"lag": 0, "serve": "inline"}, TRANSPORTS["tcp"]),
     "get": ({"lag": 2, "mode": "get"}, {}),
+    "get, cma": ({"lag": 1, "mode": "get", "fetch": "rows", "cache_bytes": 20000}, TRANSPORTS["tcp"]),
     "rows": ({"lag": 2, "fetch": "rows", "cache_bytes": 20000}, {}),
     "rows, cut, tcp": ({"lag": 1, "fetch": "rows", "request_bytes": 128, "response_bytes": 1024}, TRANSPORTS["tcp"]),
     "rows, each time": ({"lag": 0, "fetch": "rows", "dedupe": False, "pooling": "mean"}, {}),
@@ -94,8 +95,10 @@ def test_torchs_bits_in_every_mode(name: str, no_leftovers: None) -> None:
     results = run_ranks(exact, 3, 5, settings, 25, env=env)
     assert all(result.value["checked"] > 50 for result in results)
     peers = results[0].value["stats"]["peers"]
-    wanted = "read" if name in ("get", "auto") else "put" if "tcp" in name or "puts" in name else "direct"
+    wanted = "read" if "get" in name or name == "auto" else "put" if "tcp" in name or "puts" in name else "direct"
     assert [peer["path"] for peer in peers] == ["self", wanted, wanted]
+    if wanted == "read":
+        assert peers[1]["transport"] == ("cma" if "cma" in name else "mapped")
 
 
 @pytest.mark.parametrize("seed", range(3))
