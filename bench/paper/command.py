@@ -21,7 +21,7 @@ from bench.paper import dlrm as models
 from bench.paper import exact, synthetic, where
 from bench.paper.effort import EFFORTS, Effort
 from bench.paper.folder import Folder, Part
-from bench.paper.workloads import Workload, workloads
+from bench.paper.workloads import NAMES, Workload, workloads
 from bench.table import console
 from bench.team import TeamFailed
 
@@ -92,8 +92,9 @@ def run(options: argparse.Namespace) -> int:
         chosen = chosen[:1]
     work = Work(options, effort, folder, data)
     if options.report:
-        names = ["synthetic", *(_name(one) for one in chosen), "where", "exact"]
+        names = ["synthetic", *(f"dlrm-{name}" for name in NAMES), "exact", "where"]
         found = {name: part for name in names if (part := folder.load(name))}
+        absent = {name: why for name, why in absent.items() if f"dlrm-{name}" not in found}
     else:
         found = work.all(chosen)
     if not found:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 _MODEL = "--arch-sparse-feature-size 16 --arch-mlp-top 512-256-1".split()
 _BATCH = "256"
+NAMES = ("balanced", "skewed", "criteo", "ali-ccp", "meta")
 
 
 @dataclass(frozen=True)
