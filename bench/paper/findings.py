@@ -158,17 +158,21 @@ def _latency(one: Served) -> Iterator[str]:
 
 
 def _skewed(one: Served) -> Iterator[str]:
-    sync = one.best(NONE, one.synchronous(NONE))
-    for name in one.ours(NONE):
-        if name != sync:
-            yield f"{name}: {says(one.ratio(NONE, sync, name))} times the best synchronous system ({sync})."
+    for case in (NONE, *one.levels()):
+        sync = one.best(case, one.synchronous(case))
+        found = ", ".join(f"{name} {says(one.ratio(case, sync, name))}" for name in one.ours(case) if one.lag(name) > 0)
+        when = "Undelayed" if case == NONE else f"Under delays of {case} iterations"
+        yield f"{when}, times the speed of the best synchronous system ({sync}): {found}."
     lags = [name for name in one.ours(NONE) if name.startswith("bls")]
     if len(lags) > 1:
         ratio = says(one.ratio(NONE, lags[0], one.best(NONE, lags[1:])))
-        yield (f"The lag alone gives {ratio} times its own lag 0: an "
-               "imbalance that persists is none that a lag can hide.")  # fmt: skip
+        yield f"The lag alone gives {ratio} times its own lag 0: an imbalance that persists is none that it can hide."
+    ranks, cores = one.part.settings["effort"]["ranks"], one.part.environment.get("cores", 0)
+    if 0 < cores < ranks:
+        yield (f"Here {ranks} ranks share {cores} cores: the one that all wait for has a core to itself meanwhile, and "
+               f"spreading its lookups (get) can gain no more than {cores} times.")  # fmt: skip
     if better := one.better(NONE):
-        best = one.best(NONE, better)
+        sync, best = one.best(NONE, one.synchronous(NONE)), one.best(NONE, better)
         yield f"Why not just shard better? One should: {best} is {says(one.ratio(NONE, sync, best))} times as fast."
 
 

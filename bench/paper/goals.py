@@ -156,9 +156,12 @@ def _balanced(one: Served) -> Iterator[Goal]:
 
 def _skewed(one: Served) -> Iterator[Goal]:
     sync, free = one.best(NONE, one.synchronous(NONE)), one.best(NONE, one.uncoupled(NONE))
-    ratio = one.ratio(NONE, sync, free)
+    ratio, text = one.ratio(NONE, sync, free), ""
+    if peers := [name for name in one.peers(NONE) if one.lag(name) == 0]:
+        peer = one.best(NONE, peers)
+        text = f"; {says(one.ratio(NONE, peer, free))} against {peer}"
     yield Goal("DLRM irregular (zipf, worst placement), no delays: the uncoupled exchange against the best synchronous "
-               "system", "≥ 1.5", f"{says(ratio)} ({free} against {sync})", ratio.value >= 1.5)  # fmt: skip
+               "system", "≥ 1.5", f"{says(ratio)} ({free} against {sync}){text}", ratio.value >= 1.5)  # fmt: skip
 
 
 def _simulator(results: Results) -> Goal:
