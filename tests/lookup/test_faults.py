@@ -18,12 +18,12 @@ from tests.patterns import TRANSPORTS
 from tests.ranks import run_ranks
 
 CASES = [
-    ("default", "put", "asking"),
     ("tcp", "put", "asking"),
     ("default", "get", "asking"),
-    ("tcp", "put", "idle"),
     ("default", "get", "idle"),
     ("tcp", "get", "asking"),
+    pytest.param("default", "put", "asking", marks=pytest.mark.slow),
+    pytest.param("tcp", "put", "idle", marks=pytest.mark.slow),
     pytest.param("default", "put", "idle", marks=pytest.mark.slow),
     pytest.param("cma-puts", "put", "asking", marks=pytest.mark.slow),
     pytest.param("cma-puts", "put", "idle", marks=pytest.mark.slow),
@@ -108,7 +108,7 @@ def exits(rank: int, world: int, store: Any, mode: str) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("mode", ["put", "get"])
+@pytest.mark.parametrize("mode", ["put", pytest.param("get", marks=pytest.mark.slow)])
 def test_an_owner_exits_without_close(mode: str, no_leftovers: None) -> None:
     results = run_ranks(exits, 3, mode, expect_exit={1: 0}, timeout=40)
     assert "rank 1 died: its process has ended" in results[0].value

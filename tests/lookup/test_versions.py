@@ -97,7 +97,12 @@ SETTINGS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
 }
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+SLOWER = ("inline", "rows, cma puts")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in SLOWER else ()) for name in SETTINGS]
+)
 def test_every_ask_is_of_one_version(name: str, no_leftovers: None) -> None:
     settings, env = SETTINGS[name]
     results = run_ranks(exact, 3, 11, settings, 40, env=env, timeout=60)
@@ -292,7 +297,9 @@ def dies(rank: int, world: int, store: Any, settings: dict[str, Any]) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("transport", "settings"), [("default", {}), ("default", {"mode": "get"}), ("tcp", {})], ids=str
+    ("transport", "settings"),
+    [("default", {"mode": "get"}), ("tcp", {}), pytest.param("default", {}, marks=pytest.mark.slow)],
+    ids=str,
 )
 def test_an_owner_dies_during_an_update(transport: str, settings: dict[str, Any], no_leftovers: None) -> None:
     run_ranks(dies, 3, settings, env=TRANSPORTS[transport], expect_exit={1: -signal.SIGKILL}, timeout=40)

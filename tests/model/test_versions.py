@@ -12,7 +12,7 @@ from tests.model.versions import Settings, Versions
     "settings",
     [
         Settings(owners=1, lag=1, versions=3),
-        Settings(owners=2, lag=0, versions=1),
+        pytest.param(Settings(owners=2, lag=0, versions=1), marks=pytest.mark.slow),
         pytest.param(Settings(owners=2, lag=0), marks=pytest.mark.slow),
         pytest.param(Settings(owners=2, lag=0, versions=1, deaths=True), marks=pytest.mark.slow),
         pytest.param(Settings(owners=2, lag=1), marks=pytest.mark.slow),
