@@ -37,19 +37,18 @@ from blsrdma.errors import (
     ConcurrentUse,
     ExchangeClosed,
     PeerFailed,
-    ReadsUnavailable,
     SettingsError,
     VersionError,
 )
 from blsrdma.fabric import Fabric
 from blsrdma.lookup_choice import measure
 from blsrdma.lookup_errors import lookup_error, version_error
-from blsrdma.lookup_opening import deep, flat, make_core, refuse_what_cannot_be
+from blsrdma.lookup_opening import connect, flat, refuse_what_cannot_be
 from blsrdma.lookup_settings import LookupSettings
 from blsrdma.lookup_store import OwnTables
-from blsrdma.lookup_tables import Bags, Rows, TableFacts, address, describe_bags, directory
-from blsrdma.peers import Neighbours, arena_facts, whoami
-from blsrdma.rendezvous import Rendezvous, Round, environment_ranks, store_from_environment
+from blsrdma.lookup_tables import Bags, Rows, TableFacts, address, describe_bags
+from blsrdma.peers import arena_facts, whoami
+from blsrdma.rendezvous import Rendezvous, environment_ranks, store_from_environment
 from blsrdma.settings import format_size, timeout_ns
 from blsrdma.ucx import native
 
@@ -144,7 +143,11 @@ class Lookup:
         blob = whoami(self._fabric) | {"tables": mine, "arenas": [arena_facts(each) for each in self._arenas]}
         met = rendezvous.meet(self.settings.agreed() | {"version": version}, flat(blob))
         self._epoch = met.epoch
-        self._core = self._connect(rendezvous, met, version)
+        opened = connect(rendezvous, met, self._fabric, self._arenas, own, self._geometry, rank, name, self.settings,
+                         version, _quarantine)  # fmt: skip
+        self._core, self._tables, self._neighbours = opened.core, opened.tables, opened.neighbours
+        self._numbers = {facts.table: number for number, facts in enumerate(self._tables)}
+        self._by_number = {facts.table: facts for facts in self._tables}
         self._closed = False
         _open.add(self)
         self._choices: list[Choice] = []
@@ -356,51 +359,6 @@ class Lookup:
         return f"<Lookup {self.name!r}: rank {self.rank} of {self.world_size}, {state}>"
 
     # --- inside
-
-    def _connect(self, rendezvous: Rendezvous, met: Round, version: int) -> native.Lookup:
-        blobs = [deep(blob) for blob in met.blobs]
-        error: BaseException | None = None
-        core = None
-        try:
-            self._tables = directory([blob["tables"] for blob in blobs])
-            widest = max((facts.dim for facts in self._tables), default=0)
-            if self.settings.response_bytes < 4 * widest:
-                raise SettingsError(f"response_bytes = {self.settings.response_bytes}: must be at least {4 * widest}")
-            self._numbers = {facts.table: number for number, facts in enumerate(self._tables)}
-            self._by_number = {facts.table: facts for facts in self._tables}
-            self._neighbours = Neighbours(blobs, self.rank)
-            core = make_core(self._fabric, self._arenas, self._tables, self._own, self._geometry, self.rank,
-                             self.settings, version, met.epoch, self._neighbours.here)  # fmt: skip
-            peers = [
-                (q, blob["address"], [(each["rkey"], each["base"], each["token"]) for each in blob["arenas"]],
-                 self._neighbours.pid(q))
-                for q, blob in enumerate(blobs) if q != self.rank
-            ]  # fmt: skip
-            core.connect(peers, self._neighbours.pidfds(), self._timeout_ns)
-            if self.settings.mode == "get":
-                self._refuse_emulated_reads(core)
-        except BaseException as failed:
-            error = failed
-        try:
-            rendezvous.confirm(error)
-        except BlsrdmaError:
-            if core is not None and not core.close(_ERRED, 0, "it could not connect", timeout_ns(1.0)):
-                _quarantine.append((core, self._arenas, self._fabric, self._own))
-            if isinstance(error, SettingsError | ReadsUnavailable):
-                raise error from None
-            raise
-        assert core is not None
-        return core
-
-    def _refuse_emulated_reads(self, core: native.Lookup) -> None:
-        owners = {facts.owner for facts in self._tables} - {self.rank}
-        if apart := [q for q in sorted(owners) if not core.readable(q)]:
-            raise ReadsUnavailable(
-                f"lookup {self.name!r}, mode get: rank {self.rank} can neither map nor read the tables of rank "
-                f"{', '.join(map(str, apart))} ({core.transport(apart[0])}): it is on another host, or the system "
-                "forbids it, and reads over the network are not there yet (over TCP UCX would emulate them, and need "
-                "the owner): use mode put, or auto"
-            )
 
     def _choose(self) -> None:
         """Measure both ways, and say what was chosen."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from blsrdma import hosts, request_windows
-from blsrdma.errors import MemoryLimitExceeded, SettingsError
-from blsrdma.lookup_tables import FORMATS
+from blsrdma.errors import BlsrdmaError, MemoryLimitExceeded, ReadsUnavailable, SettingsError
+from blsrdma.lookup_tables import FORMATS, directory
+from blsrdma.peers import Neighbours
 from blsrdma.settings import default_memory_limit, format_size, timeout_ns
 from blsrdma.ucx import native
 
@@ -18,7 +20,10 @@ if TYPE_CHECKING:
     from blsrdma.lookup_settings import LookupSettings
     from blsrdma.lookup_store import OwnTables
     from blsrdma.lookup_tables import TableFacts
+    from blsrdma.rendezvous import Rendezvous, Round
     from blsrdma.windows import WindowGeometry
+
+_ERRED = 2  # as in native/layout.h
 
 Geometries = tuple["WindowGeometry", "WindowGeometry"]
 
@@ -48,7 +53,66 @@ def refuse_what_cannot_be(
         )
 
 
-def make_core(
+@dataclass(frozen=True)
+class Opened:
+    """What a lookup works with once all ranks have found together."""
+
+    core: native.Lookup
+    tables: list[TableFacts]  # all ranks', in the order of their numbers
+    neighbours: Neighbours
+
+
+def connect(
+    rendezvous: Rendezvous, met: Round, fabric: Fabric, arenas: Sequence[native.Arena], own: OwnTables,
+    geometry: Geometries, rank: int, name: str, settings: LookupSettings, version: int, quarantine: list[Any],
+) -> Opened:  # fmt: skip
+    """Connect to all peers, and wait until they have. What a peer may still write into goes to `quarantine` where that
+    fails. Raises what cannot be, on every rank."""
+    blobs = [deep(blob) for blob in met.blobs]
+    error: BaseException | None = None
+    core, opened = None, None
+    try:
+        tables = directory([blob["tables"] for blob in blobs])
+        widest = max((facts.dim for facts in tables), default=0)
+        if settings.response_bytes < 4 * widest:
+            raise SettingsError(f"response_bytes = {settings.response_bytes}: must be at least {4 * widest}")
+        neighbours = Neighbours(blobs, rank)
+        core = _make_core(fabric, arenas, tables, own, geometry, rank, settings, version, met.epoch, neighbours.here)
+        peers = [
+            (q, blob["address"], [(each["rkey"], each["base"], each["token"]) for each in blob["arenas"]],
+             neighbours.pid(q))
+            for q, blob in enumerate(blobs) if q != rank
+        ]  # fmt: skip
+        core.connect(peers, neighbours.pidfds(), timeout_ns(settings.common.timeout))
+        opened = Opened(core, tables, neighbours)
+        if settings.mode == "get":
+            _refuse_what_cannot_be_read(opened, rank, name)
+    except BaseException as failed:
+        error = failed
+    try:
+        rendezvous.confirm(error)
+    except BlsrdmaError:
+        if core is not None and not core.close(_ERRED, 0, "it could not connect", timeout_ns(1.0)):
+            quarantine.append((core, arenas, fabric, own))
+        if isinstance(error, SettingsError | ReadsUnavailable):
+            raise error from None
+        raise
+    assert opened is not None
+    return opened
+
+
+def _refuse_what_cannot_be_read(opened: Opened, rank: int, name: str) -> None:
+    owners = {facts.owner for facts in opened.tables} - {rank}
+    if apart := [q for q in sorted(owners) if not opened.core.readable(q)]:
+        raise ReadsUnavailable(
+            f"lookup {name!r}, mode get: rank {rank} can neither map nor read the tables of rank "
+            f"{', '.join(map(str, apart))} ({opened.core.transport(apart[0])}): it is on another host, or the system "
+            "forbids it, and reads over the network are not there yet (over TCP UCX would emulate them, and need the "
+            "owner): use mode put, or auto"
+        )
+
+
+def _make_core(
     fabric: Fabric, arenas: Sequence[native.Arena], tables: Sequence[TableFacts], own: OwnTables, geometry: Geometries,
     rank: int, settings: LookupSettings, version: int, epoch: int, here: int,
 ) -> native.Lookup:  # fmt: skip

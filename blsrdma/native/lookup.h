@@ -214,6 +214,7 @@ class Lookup {
   void gather(const Part& part, Job& job);
   void read_apart(const Part& part, Ask& ask);
   void lose_read(std::uint32_t owner, const Part& part, Ask& ask, const std::string& text);
+  std::string overwritten() const;
   void pool_gathered(const Gather& gather);
   bool pump();
   void pump(std::uint32_t owner);

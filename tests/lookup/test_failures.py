@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-import blsrdma.lookup
+import blsrdma.lookup_opening
 from blsrdma.errors import LookupRefused, PeerFailed, PeerLeft, PeerTimeout, WindowCorrupt
 from blsrdma.lookup import Lookup
 from blsrdma.lookup_tables import Bags
@@ -268,13 +268,13 @@ def test_garbage_in_request_windows(what: str, error: str) -> None:
 def unchecked(rank: int, world: int, store: Any) -> list[str]:
     """Rank 0 believes in tables that are larger, or elsewhere: their owner refuses, and tells it alone."""
     if rank == 0:
-        honest = blsrdma.lookup.directory
+        honest = blsrdma.lookup_opening.directory
 
         def lying(of_ranks: Any) -> Any:
             facts = honest(of_ranks)
             return [replace(facts[0]), replace(facts[1], rows=1 << 50), replace(facts[2], owner=1)]
 
-        blsrdma.lookup.directory = lying
+        blsrdma.lookup_opening.directory = lying
     lookup = Lookup(tables(rank), store, rank, world, lag=2, timeout=20, close_timeout=2)
     said = []
     if rank == 0:
