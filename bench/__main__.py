@@ -7,7 +7,7 @@ import signal
 import sys
 from pathlib import Path
 
-from bench import advise, alltoallv, delays, inference, lookups, peers, quiet, report, scale, stress
+from bench import advise, alltoallv, delays, inference, lookups, parse, peers, quiet, report, scale, stress
 from bench.limits import command as limits
 from bench.paper import command as paper
 from bench.publish import add_options, publish
@@ -42,6 +42,7 @@ def main() -> int:
     delays.add(commands)
     inference.add(commands)
     lookups.add(commands)
+    parse.add(commands)
     quiet.add(commands)
     limits.add(commands)
     paper.add(commands)

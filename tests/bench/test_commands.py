@@ -10,12 +10,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from bench import parse
 from bench.delay_report import over_model
 from bench.launchers import Interpreters, Unavailable
 from bench.limits import perftest
 from bench.results import Results
 from bench.stress_rank import phases, sizes
+from dlrm.data.criteo import CriteoFile
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -93,6 +96,36 @@ def test_lookups(tmp_path: Path) -> None:
     assert results["undelayed", "get"][0]["paths"] == ["read", "self"]
     assert results["owner stopped", "get"][0]["per_second"] > 0
     assert (tmp_path / "l.png").exists()
+
+
+@pytest.mark.slow
+def test_dlrm(tmp_path: Path) -> None:
+    path = tmp_path / "d.json"
+    done = bench("dlrm", "--quick", "--rows", "500", "--batch", "64", "--lookups", "2", "--json", str(path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "DLRM inference, 2 rows in each bag" in done.stdout
+    (measured,) = json.loads(path.read_text())["lookups"].values()
+    assert len(measured) == 6 + 2
+    assert all(len(one["seconds"]) == 3 for one in measured)
+    for one in measured[3:]:
+        assert len(one["shares"]) == 2
+        assert 0 < one["worked"][0] < 1
+
+
+@pytest.mark.slow
+def test_quiet(tmp_path: Path) -> None:
+    path = tmp_path / "q.json"
+    done = bench("quiet", "--silence", "0.2", "--repeat", "1", "--json", str(path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert set(json.loads(path.read_text())["runs"]) == {"always busy", "rank 1 silent"}
+
+
+def test_rows_that_are_parsed_are_those_that_were_written(tmp_path: Path) -> None:
+    parse.write(tmp_path / "rows", 1234)
+    batches = list(CriteoFile(tmp_path / "rows", (2**32,) * 26).batches(100, 0))
+    assert sum(batch.size for batch in batches) == 1234
+    gone = float(torch.cat([indices for batch in batches for indices in batch.indices]).eq(0).float().mean())
+    assert gone == pytest.approx(parse.MISSING, abs=0.02)
 
 
 def test_stress(tmp_path: Path) -> None:

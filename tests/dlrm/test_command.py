@@ -68,7 +68,18 @@ def test_a_verified_run_with_all_outputs(tmp_path: Path) -> None:
     block = ["--dense-block", "16", *SMALL]
     small = ["--window-bytes", "64"]  # messages larger than a window arrive all the same
     first = dlrm(
-        "--ranks", "3", "--lag", "2", "--verify", *small, "--json", str(out[0]), "--predictions", str(out[1]), *block
+        "--ranks",
+        "3",
+        "--lag",
+        "2",
+        "--verify",
+        "--profile",
+        *small,
+        "--json",
+        str(out[0]),
+        "--predictions",
+        str(out[1]),
+        *block,
     )
     assert first.returncode == 0, first.stderr
     assert "every bit" in first.stdout
@@ -77,6 +88,11 @@ def test_a_verified_run_with_all_outputs(tmp_path: Path) -> None:
     assert (values["ranks"], values["lag"], values["batches"], values["samples"]) == (3, 2, 8, 400)
     assert set(values["latency_ms"]) == {"p50", "p95", "p99"}
     assert len(values["wait_ms"]) == 3
+    for wall, processor, seconds in zip(
+        values["phases_ms"], values["phases_cpu_ms"], values["cpu_seconds"], strict=True
+    ):
+        assert wall.keys() == processor.keys()
+        assert 0 < processor["dense"] <= sum(processor.values()) <= 1e3 * seconds + 20  # which ticks
     assert len(values["pooled_sha256"]) == len(values["logits_sha256"]) == 64
     assert values["auc"] is not None
 
@@ -84,7 +100,7 @@ def test_a_verified_run_with_all_outputs(tmp_path: Path) -> None:
     assert second.returncode == 0, second.stderr
     alone = json.loads(second.stdout)
     assert alone["ranks"] == 1
-    assert alone["exact"] is alone["pooled_sha256"] is None
+    assert alone["exact"] is alone["pooled_sha256"] is alone["phases_cpu_ms"] is None
     clicks = np.load(out[1])
     assert clicks.dtype == np.float32
     table = np.loadtxt(out[2], delimiter=",", skiprows=1)

@@ -139,4 +139,9 @@ def test_the_genuine_file_with_stripped_fields() -> None:
     path = Path(os.environ.get("BLSRDMA_TEST_DATA", "")) / "criteo_trailing_stripped.txt.gz"
     if not path.is_file():
         pytest.skip("BLSRDMA_TEST_DATA names no folder with criteo_trailing_stripped.txt.gz")
-    assert sum(batch.size for batch in CriteoFile(path, ROWS).batches(100, 0)) == 1000
+    first, *others = CriteoFile(path, ROWS).batches(100, 0)
+    assert sum(batch.size for batch in (first, *others)) == 1000
+    integers = [1, 1, 5, 0, 1382, 4, 15, 2, 181, 1, 2, 0, 2]
+    np.testing.assert_array_equal(first.dense[0].numpy(), np.log1p(integers).astype(np.float32))
+    assert [int(first.indices[table][0]) for table in (0, 25)] == [0x68FD1E64 % ROWS[0], 0x9727DD16 % ROWS[25]]
+    assert int(first.indices[25][2]) == 0  # stripped: the third line has 38 fields

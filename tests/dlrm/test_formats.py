@@ -264,7 +264,9 @@ def test_the_multi_hot_sample_of_ali_ccp(test_data: Path) -> None:
     assert int(got.offsets[19][-1]) == 1170  # 109_14
 
 
-@pytest.mark.parametrize(("name", "rows", "first"), [("low", 379_910, [399535, 452449]), ("medium", 429_951, [31650])])
+@pytest.mark.parametrize(
+    ("name", "rows", "first"), [("low", 379_910, [399535, 452449]), ("medium", 429_951, [31650, 359284])]
+)
 def test_the_traces_of_meta(test_data: Path, name: str, rows: int, first: list[int]) -> None:
     got = whole(Traces([sample(test_data, f"meta_reuse_{name}_500K.txt.gz")], 1, (500_000,), (1,), 1), 100_000)
     assert got.size == rows

@@ -123,6 +123,24 @@ def test_the_floor_is_the_max_plus_model_where_nothing_follows_the_post(lag: int
     assert timeline.floor(work, zero, np.zeros(4), lag) == pytest.approx(model.max_plus(work, lag)[:, -1].max())
 
 
+def test_phases_and_laps_do_not_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that says how often it was asked."""
+    times = iter(range(1000))
+    monkeypatch.setattr(timeline, "clock", lambda: next(times))
+    run = timeline.Timeline()
+    watch = timeline.Stopwatch(run)  # 0
+    with run.phase("dense"), run.phase("assemble"):  # 1 to 4, 2 to 3
+        pass
+    with run.phase("wait"):  # 5 to 6
+        pass
+    assert watch.lap() == 7 - 1
+    with run.phase("post"):  # 8 to 9
+        pass
+    assert watch.lap() == 10 - 7 - 1
+    assert run.phases() == dict.fromkeys(timeline.PHASES, 0) | {"dense": 2, "assemble": 1, "wait": 1, "post": 1}
+    assert run.processor() is None
+
+
 def test_work_after_the_post_holds_nobody_else_up() -> None:
     before, after = np.ones((2, 3)), np.zeros((2, 3))
     after[0, 0] = 0.5  # rank 0 is late for its second post, and all wait for that at lag 0

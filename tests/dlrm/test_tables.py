@@ -108,6 +108,17 @@ def test_a_bag_does_not_depend_on_its_neighbours() -> None:
             assert torch.equal(tables.lookup_all(one.slice(lo, hi)), whole[lo:hi])
 
 
+def test_a_slice_has_just_the_bags_that_are_asked_for() -> None:
+    whole, some = batch(weighted=True).slice(3, 17), batch(weighted=True).slice(3, 17, {1})
+    assert (some.first, some.size) == (whole.first, whole.size) == (3, 14)
+    assert whole.weights is not None
+    assert some.weights is not None
+    for column in ("indices", "offsets", "weights"):
+        ours, theirs = getattr(some, column), getattr(whole, column)
+        assert torch.equal(ours[1], theirs[1])
+        assert [len(one) for one in ours] == [0, len(theirs[1]), 0]
+
+
 def test_fbgemm_where_it_is_installed() -> None:
     pytest.importorskip("fbgemm_gpu", reason="the optional extra fbgemm-gpu-cpu is not installed")
     for bits in (8, 4):
