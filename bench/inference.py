@@ -24,7 +24,8 @@ from bench.team import Team, TeamFailed
 ABOUT = """\
 Measure DLRM inference on one machine, every rank with one thread: ours over 2 and 4 ranks at several lags, next to
 
-  independent       two processes at the same time, each with the whole model, on half the batch each: no exchange
+  independent       two processes at the same time, each with the whole model, on half the batch each: no exchange;
+                    and as many as there are ranks, which tells what sharing cores costs by itself
   1 process         one process with the whole model, with 1 and with 2 threads
   plain             the same three as anybody would write them in torch
 
@@ -57,7 +58,7 @@ class Entry:
     @property
     def team(self) -> int:
         """Which ranks it runs on, by their number."""
-        return self.ranks or 2
+        return self.ranks or max(2, self.processes)
 
 
 @dataclass
@@ -144,6 +145,7 @@ def entries(ranks: list[int], lags: list[int]) -> list[Entry]:
             ("1 process", 1, 1), ("1 process, 2 threads", 1, 2), ("2 independent processes", 2, 1),
         )
     ]  # fmt: skip
+    alone += [Entry(f"{count} independent processes", processes=count) for count in ranks if count > 2]
     ours = [Entry(f"{count} ranks, lag {lag}", count, lag) for count in ranks for lag in lags]
     return [*alone, *ours]
 
@@ -166,7 +168,8 @@ def _measure(options: argparse.Namespace, lookups: int) -> tuple[list[Measured],
             team.ready()
             if ranks in options.ranks:
                 _call(team, "load", name="ours", flags=flags, alone=False, limit=300.0)
-        _call(teams[2], "load", name="alone", flags=flags, alone=True, limit=300.0)
+        for ranks in {2, *options.ranks}:
+            _call(teams[ranks], "load", name="alone", flags=flags, alone=True, limit=300.0)
         _check(teams, options.ranks, jobs)
         chosen = [Measured(entry) for entry in entries(options.ranks, options.lags)]
         busy = []
