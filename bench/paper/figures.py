@@ -96,7 +96,7 @@ def _latency(one: Served) -> Figure:
     axes = figure.subplots()
     x = [float(case.removeprefix("load ")) * 100 for case in loads]
     colours: dict[str, Any] = {}
-    for name in one.systems(loads[0]):
+    for name in (name for name in one.systems(loads[0]) if all(one.times(case, name) for case in loads)):
         y = [float(np.median(one.latency(case, name)[:, P99])) for case in loads]
         style = "-" if name in one.ours(loads[0]) else "--"
         colours[name] = axes.plot(x, y, style, marker=".", label=name)[0].get_color()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import base64
 import dataclasses
 import json
@@ -17,7 +18,7 @@ import numpy as np
 import pytest
 
 from bench.cases import Case
-from bench.paper import findings, goals, tables, where
+from bench.paper import command, findings, goals, tables, where
 from bench.paper.dlrm import ALONE, NONE
 from bench.paper.effort import TRIAL
 from bench.paper.folder import Folder, Part
@@ -38,7 +39,16 @@ def paper(*arguments: str, timeout: float = 200) -> subprocess.CompletedProcess[
     )  # fmt: skip
 
 
-def test_a_part_is_measured_once_and_reported(tmp_path: Path) -> None:
+def here(*arguments: str) -> int:
+    """The same in this process, where nothing is measured."""
+    parser = argparse.ArgumentParser()
+    command.add(parser.add_subparsers())
+    options = parser.parse_args(["paper", "--trial", *arguments])
+    status: int = options.run(options)
+    return status
+
+
+def test_a_part_is_measured_once_and_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, page = tmp_path / "out", tmp_path / "page.md"
     marks = "".join(f"<!-- bench {name} -->\n<!-- end {name} -->\n" for name in ("paper-headline", "paper"))
     page.write_text(f"before\n{marks}after\n")
@@ -57,9 +67,8 @@ def test_a_part_is_measured_once_and_reported(tmp_path: Path) -> None:
     assert picture and base64.b64decode(picture[1]) == (out / "figures/where.svg").read_bytes()
 
     before = (out / "where.json").read_text()
-    again = paper("--parts", "where", "--out", str(out))
-    assert again.returncode == 0, again.stderr
-    assert "where: kept" in again.stderr
+    assert here("--parts", "where", "--out", str(out)) == 0
+    assert "where: kept" in capsys.readouterr().err
     assert (out / "where.json").read_text() == before
     part = Folder(out).load("where")
     assert part is not None
@@ -83,13 +92,12 @@ def test_all_parts(tmp_path: Path) -> None:
     (exact,) = (goal for goal in goals.goals(parts) if goal.what.startswith("digests"))
     assert exact.reached, exact
     assert len(findings.findings(parts)) >= 5
-    assert paper("--report", "--out", str(tmp_path)).returncode == 0
+    assert here("--report", "--out", str(tmp_path)) == 0
 
 
-def test_nothing_to_report(tmp_path: Path) -> None:
-    done = paper("--report", "--out", str(tmp_path))
-    assert done.returncode == 1
-    assert "has no part of a run" in done.stderr
+def test_nothing_to_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert here("--report", "--out", str(tmp_path)) == 1
+    assert "has no part of a run" in capsys.readouterr().err
 
 
 def test_a_part_is_kept_with_its_settings_only(tmp_path: Path) -> None:
@@ -207,12 +215,14 @@ def test_data_that_are_not_there_are_left_out(tmp_path: Path) -> None:
     assert not json.dumps(absent).count(str(tmp_path))
 
 
-def test_a_document_without_a_place_for_it_is_refused_at_once(tmp_path: Path) -> None:
+def test_a_document_without_a_place_for_it_is_refused_at_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     page = tmp_path / "page.md"
     page.write_text("nothing\n")
-    done = paper("--document", str(page), "--out", str(tmp_path / "out"))
-    assert done.returncode == 2
-    assert "has no line <!-- bench paper -->" in done.stderr
+    with pytest.raises(SystemExit):
+        here("--document", str(page), "--out", str(tmp_path / "out"))
+    assert "has no line <!-- bench paper -->" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
