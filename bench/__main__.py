@@ -7,7 +7,7 @@ import signal
 import sys
 from pathlib import Path
 
-from bench import advise, alltoallv, delays, inference, lookups, parse, peers, quiet, report, scale, stress
+from bench import advise, alltoallv, delays, inference, large, lookups, parse, peers, quiet, report, scale, stress
 from bench.limits import command as limits
 from bench.paper import command as paper
 from bench.publish import add_options, publish
@@ -41,6 +41,7 @@ def main() -> int:
     advise.add(commands)
     delays.add(commands)
     inference.add(commands)
+    large.add(commands)
     lookups.add(commands)
     parse.add(commands)
     quiet.add(commands)

@@ -18,7 +18,7 @@ TRANSPORTS = {
     "posix-puts": {"UCX_TLS": "posix,self", "BLSRDMA_DIRECT": "0"},
     "sysv-puts": {"UCX_TLS": "sysv,self", "BLSRDMA_DIRECT": "0"},
     "cma-puts": {"UCX_TLS": "posix,cma,self", "BLSRDMA_DIRECT": "0"},
-    "tcp": {"UCX_TLS": "tcp,self"},
+    "tcp": {"UCX_TLS": "tcp,self", "BLSRDMA_DIRECT": "0"},  # large messages too, as between hosts
 }
 
 
