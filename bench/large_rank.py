@@ -53,7 +53,7 @@ def run(runtime: Ours, progress: Callable[[int], None], size: int, repeat: int, 
                 began = time.perf_counter()
                 _turn(exchange, way, send, out, rank)
             pool.check(out, other, rank, 0, size)
-            turns[way.name] = int(_agreed(exchange, max(3, seconds / (time.perf_counter() - began))))
+            turns[way.name] = int(_agreed(exchange, max(3.0, seconds / (time.perf_counter() - began))))
         for repetition in range(repeat):
             for way, exchange in open_ways:
                 began = time.perf_counter_ns()
