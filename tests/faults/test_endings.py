@@ -38,7 +38,7 @@ def test_an_exception_in_the_loop(transport: str, no_leftovers: None) -> None:
         assert "rank 2 failed: ZeroDivisionError: in the loop" in result.error.message
 
 
-@pytest.mark.parametrize("transport", ["default", "tcp"])
+@pytest.mark.parametrize("transport", ["default", pytest.param("tcp", marks=pytest.mark.slow)])
 def test_ctrl_c(transport: str) -> None:
     """Ctrl-C in a wait ends that rank at once, and its peer with one message that says so."""
     server = store_server()
