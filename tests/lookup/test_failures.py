@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from typing import Any
@@ -17,7 +19,7 @@ from blsrdma.errors import LookupRefused, PeerFailed, PeerLeft, PeerTimeout, Win
 from blsrdma.lookup import Lookup
 from blsrdma.lookup_tables import Bags
 from tests.patterns import TRANSPORTS
-from tests.ranks import run_ranks
+from tests.ranks import run_ranks, store_server
 
 NOTICED_S = 5.0  # a busy test machine
 
@@ -215,6 +217,47 @@ def leave_early(rank: int, world: int, store: Any) -> str:
 
 def test_an_owner_closes_early() -> None:
     assert "rank 1 left before it answered: it closed the lookup" in run_ranks(leave_early, 2)[0].value
+
+
+NOT_CLOSED = """
+import os
+import torch
+from blsrdma.errors import PeerFailed
+from blsrdma.lookup import Lookup
+from blsrdma.lookup_tables import Bags
+rank = int(os.environ["RANK"])
+lookup = Lookup({rank: torch.ones(10, 8)}, timeout=30)
+def ask(table):
+    lookup.ask([Bags(table, torch.tensor([1]), torch.tensor([0, 1]))]).wait()
+ask(1 - rank)
+lookup._store.add("asked", 1)
+while lookup._store.add("asked", 0) < 2:
+    pass
+while rank == 1:
+    try:
+        ask(0)
+    except PeerFailed as error:
+        print(error)
+        lookup.close(error)
+        break
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("transport", ["default", "tcp"])
+def test_interpreter_exit_without_close(transport: str) -> None:
+    server = store_server()
+    torchrun = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.port),
+                "TORCHELASTIC_USE_AGENT_STORE": "True"}  # fmt: skip
+    ranks = []
+    for rank in range(2):
+        environment = {**os.environ, **torchrun, **TRANSPORTS[transport], "RANK": str(rank)}
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        ranks.append(subprocess.Popen([sys.executable, "-c", NOT_CLOSED], env=environment, **pipes))
+    said = [rank.communicate(timeout=60) for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], said
+    assert said[0][1] == "lookup 'lookup' was not closed before the interpreter ended\n"
+    assert "rank 0 failed: BlsrdmaError: the interpreter ended without close()" in said[1][0]
 
 
 # --- what peers write is not believed
