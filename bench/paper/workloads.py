@@ -27,9 +27,9 @@ BALANCED = Workload(
     [*_MODEL, "--mini-batch-size", _BATCH, "--data-generation", "sample"], [], first=True,
 )  # fmt: skip
 SKEWED = Workload(
-    "skewed", "16 tables of 20,000 rows, dim 64, bags of 30 by Zipf's law (s 1.05), 13 of them at rank 0; small MLPs",
+    "skewed", "24 tables of 20,000 rows, dim 64, bags of 30 by Zipf's law (s 1.05), 21 of them at rank 0; small MLPs",
     [*"--arch-sparse-feature-size 64 --arch-mlp-bot 13-64-64 --arch-mlp-top 64-1 --placement worst".split(),
-     "--mini-batch-size", _BATCH, "--arch-embedding-size", "-".join(["20000"] * 16), "--rand-data-dist",
+     "--mini-batch-size", _BATCH, "--arch-embedding-size", "-".join(["20000"] * 24), "--rand-data-dist",
      "zipf:s=1.05", "--num-indices-per-lookup", "30", "--num-indices-per-lookup-fixed"],
     ["--placement", "greedy"],
 )  # fmt: skip
