@@ -43,22 +43,29 @@ Channel::Channel(Fabric& fabric, Arena& local, const Geometry& geometry, std::ui
 
 Channel::~Channel() = default;
 
-std::string Channel::transport() const {
-  ucp_transport_entry_t entries[8];
+std::vector<std::string> Channel::lanes() const {
+  ucp_transport_entry_t entries[16];
   ucp_ep_attr_t attributes{};
   attributes.field_mask = UCP_EP_ATTR_FIELD_TRANSPORTS;
   attributes.transports.entries = entries;
   attributes.transports.num_entries = std::size(entries);
   attributes.transports.entry_size = sizeof(ucp_transport_entry_t);
-  if (broken() != UCS_OK || ucp_ep_query(endpoint_, &attributes) != UCS_OK) return "unknown";
-  std::vector<std::string> names;
+  std::vector<std::string> lanes;
+  if (broken() != UCS_OK || ucp_ep_query(endpoint_, &attributes) != UCS_OK) return lanes;
   for (unsigned i = 0; i < attributes.transports.num_entries; ++i) {
-    std::string name = std::string(entries[i].transport_name) + "/" + entries[i].device_name;
-    if (std::find(names.begin(), names.end(), name) == names.end()) names.push_back(std::move(name));
+    lanes.push_back(std::string(entries[i].transport_name) + "/" + entries[i].device_name);
+  }
+  return lanes;
+}
+
+std::string Channel::transport() const {
+  std::vector<std::string> names;
+  for (auto& lane : lanes()) {
+    if (std::find(names.begin(), names.end(), lane) == names.end()) names.push_back(std::move(lane));
   }
   std::string joined;
   for (const auto& name : names) joined += (joined.empty() ? "" : ",") + name;
-  return joined;
+  return joined.empty() ? "unknown" : joined;
 }
 
 void Channel::post(const Header& header, const std::byte* payload, std::uint64_t bytes) {
@@ -72,7 +79,9 @@ void Channel::post(const Header& header, const std::byte* payload, std::uint64_t
     return;
   }
   std::byte* staging = staged(geometry_.staged_header(peer_, iteration));
-  std::memcpy(staging, &header, sizeof header);
+  Header counted = header;
+  counted.arrived = Counter::of(iteration + 1, epoch_);
+  std::memcpy(staging, &counted, sizeof counted);
   if (header.kind == Header::kLarge) {
     std::memcpy(staging + kHeaderBytes, payload, bytes);
     payload = staging + kHeaderBytes;
@@ -181,10 +190,23 @@ void Channel::tick(std::uint64_t) {
   if (beating_ && mapped_ && !parted_.load()) publish(mapped_counter(kHeartbeatOffset), Counter::of(++beats_, epoch_));
 }
 
+// The first put has been acknowledged: the lanes are what they will be.
+void Channel::settle() {
+  const auto all = lanes();
+  ordered_ = !mapped_ && all.size() == 1 && all[0].starts_with("tcp/");
+}
+
 bool Channel::advance() {
   if (mapped_ || !endpoint_ || outstanding_ || broken() != UCS_OK) return false;
   switch (state_) {
     case State::idle: {
+      // Once a second, and before the messages: these may never end. After the farewell the memory there may be gone.
+      if (beat_due_ && !parting_.load()) {
+        beat_due_ = false;
+        put_counter(++beats_, kStagedHeartbeat, kHeartbeatOffset);
+        state_ = State::minor;
+        return true;
+      }
       // Before the messages: a counter of this rank lets the peer reuse what its large messages occupied.
       const std::uint64_t acknowledged = acknowledged_.load(std::memory_order_acquire);
       if (acknowledged != acknowledged_there_.load(std::memory_order_relaxed)) {
@@ -196,13 +218,15 @@ bool Channel::advance() {
       }
       const std::uint64_t queued = queued_.load(std::memory_order_acquire);
       if (taken_ < queued) {
+        bool data = false;
         for (; taken_ < queued; ++taken_) {
           const Message& message = queue_[taken_ % geometry_.windows];
-          const std::uint64_t window = geometry_.window(peer_, self_, taken_);
-          if (message.bytes) put(message.payload, message.bytes, window + kHeaderBytes, nullptr);
-          put(staged(geometry_.staged_header(peer_, taken_)), kHeaderBytes, window, local_.handle());
+          if (!message.bytes) continue;
+          put(message.payload, message.bytes, geometry_.window(peer_, self_, taken_) + kHeaderBytes, nullptr);
+          data = true;
         }
-        flush();  // covers every put above; its success alone proves nothing, see completed()
+        // Covers every put above; its success alone proves nothing, see completed().
+        if (data && !ordered_) flush();
         state_ = State::moving;
         return true;
       }
@@ -213,16 +237,13 @@ bool Channel::advance() {
         state_ = State::parting;
         return true;
       }
-      if (beat_due_ && !parting_.load()) {  // after the farewell the memory there may be gone
-        beat_due_ = false;
-        put_counter(++beats_, kStagedHeartbeat, kHeartbeatOffset);
-        state_ = State::minor;
-        return true;
-      }
       return false;
     }
     case State::moving:
-      put_counter(taken_, 0, kCounterOffset);
+      for (; counted_ < taken_; ++counted_) {
+        put(staged(geometry_.staged_header(peer_, counted_)), kHeaderBytes, geometry_.window(peer_, self_, counted_),
+            local_.handle());
+      }
       state_ = State::counting;
       return true;
     case State::counting:

@@ -3,9 +3,11 @@
 //
 // Two paths for what is written, chosen once, at connect:
 //   direct  the peer's arena is mapped into this process: post() copies the message and stores the counter (release).
-//   put     UCX puts by the progress thread, in the order that holds on every transport:
-//           data and headers -> each put's own status and a flush -> counter. One flush is in flight at a time; messages
-//           that are queued meanwhile go together in the next round and share one counter put.
+//   put     UCX puts by whoever drives the fabric, in the order that holds on every transport:
+//           data -> each put's own status and a flush -> headers, each with its counter. One flush is in flight at a time;
+//           messages that are queued meanwhile share the next one. Where the peer is reached by one TCP connection, and by
+//           nothing else, that is order enough: data whose put has completed here is in the connection before the header,
+//           and the peer's UCX writes to memory what comes out of it in turn. There no flush, a round trip, is waited for.
 #pragma once
 
 #include <atomic>
@@ -34,8 +36,8 @@ class Channel final : public Driven {
  public:
   using Broken = std::function<void(std::uint32_t rank, ucs_status_t status)>;
 
-  // Creates the endpoint; on the progress thread. `local` is this rank's arena, where staged records lie. `broken` is
-  // called on the progress thread, once, when the endpoint becomes unusable.
+  // Creates the endpoint; in the fabric's turn. `local` is this rank's arena, where staged records lie. `broken` is
+  // called in a turn, once, when the endpoint becomes unusable.
   Channel(Fabric& fabric, Arena& local, const Geometry& geometry, std::uint32_t self, const PeerAddress& peer,
           std::uint64_t epoch, bool allow_direct, Broken broken);
   ~Channel() override;  // after disconnect()
@@ -43,7 +45,7 @@ class Channel final : public Driven {
   std::uint32_t peer() const { return peer_; }
   bool direct() const { return mapped_ != nullptr; }
   bool was_direct() const { return was_direct_; }  // also once it has been disconnected
-  std::string transport() const;  // on the progress thread
+  std::string transport() const;  // in a turn
   // UCS_OK, or why the endpoint is unusable.
   ucs_status_t broken() const { return broken_.load(std::memory_order_acquire); }
 
@@ -73,10 +75,11 @@ class Channel final : public Driven {
   bool pull_failed() const { return pull_failed_.load(std::memory_order_acquire); }
   bool drained() const { return direct() || broken() != UCS_OK || !waiting(); }
 
-  // On the progress thread.
+  // In the fabric's turn.
   // The first put: makes UCX connect now and not in iteration 0. `reads`: tell the peer that this rank reads its memory.
   void warm_up(bool reads = false);
   bool warm() const { return outstanding_ == 0; }
+  void settle();  // once it is warm
   ucp_ep_h endpoint() const { return endpoint_; }
   void beat() { beating_ = true; }  // send heartbeats from now on
   void orphan() { on_broken_ = [](std::uint32_t, ucs_status_t) {}; }
@@ -111,6 +114,7 @@ class Channel final : public Driven {
   void put(const void* from, std::size_t bytes, std::uint64_t to_offset, ucp_mem_h handle);
   void put_counter(std::uint64_t value, std::uint64_t staged_offset, std::uint64_t control_offset);
   void flush();
+  std::vector<std::string> lanes() const;
   std::byte* staged(std::uint64_t offset) const { return local_.data() + offset; }
   Counter* mapped_counter(std::uint64_t offset) const {
     return reinterpret_cast<Counter*>(mapped_ + geometry_.control(self_) + offset);
@@ -137,13 +141,15 @@ class Channel final : public Driven {
   std::atomic<bool> pull_failed_{false};
   std::atomic<ucs_status_t> broken_{UCS_OK};
 
-  // The progress thread's own.
+  // Of whoever has the fabric's turn.
   State state_ = State::idle;
-  std::uint64_t taken_ = 0;
+  std::uint64_t taken_ = 0;    // messages whose data has been put
+  std::uint64_t counted_ = 0;  // and whose header has
   std::uint64_t outstanding_ = 0;
   std::uint64_t pulling_ = 0;
   std::atomic<std::uint64_t> acknowledged_there_{0};
   std::uint64_t beats_ = 0;
+  bool ordered_ = false;  // puts arrive in the order in which they complete here
   bool beating_ = false;
   bool beat_due_ = false;
   std::atomic<bool> parted_{false};

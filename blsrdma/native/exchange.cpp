@@ -34,7 +34,7 @@ Exchange::Exchange(std::shared_ptr<Fabric> fabric, std::shared_ptr<Arena> arena,
 
 Exchange::~Exchange() {
   if (channels_.empty()) return;
-  // Not closed: the progress thread may still be driving the channels, and peers may still write. All that these touch is
+  // Not closed: the channels may still be driven, and peers may still write. All that these touch is
   // leaked; nothing calls back here any more.
   try {
     fabric_->call([&] {
@@ -91,6 +91,12 @@ void Exchange::connect(const std::vector<PeerAddress>& peers, std::vector<int> p
   if (!fabric_->until(settled, deadline_ns)) {
     throw std::runtime_error("the first put has not completed to ranks " + missing);
   }
+  fabric_->call([&] {
+    for (const auto& each : channels_) {
+      if (each) each->settle();
+    }
+  });
+  remote_ = std::any_of(channels_.begin(), channels_.end(), [](const auto& each) { return each && !each->direct(); });
 }
 
 // --- failures
@@ -108,7 +114,7 @@ bool Exchange::has_left(std::uint32_t peer) const {
   return inbox_.farewell(peer) || liveness_->dead(peer) || channels_[peer]->broken() != UCS_OK;
 }
 
-// On the progress thread: a peer cannot be reached any more. One that has said farewell may be: it has left.
+// In a turn of the fabric: a peer cannot be reached any more. One that has said farewell may be: it has left.
 void Exchange::lost(std::uint32_t peer, Outcome outcome, std::string why) {
   if (!inbox_.farewell(peer)) failure_.set(outcome, peer, std::move(why));
   doorbell_->stirred();
@@ -180,6 +186,7 @@ Outcome Exchange::await(std::uint64_t iteration, std::uint64_t deadline_ns) {
   };
   Backoff backoff(config_.wait, Sleeper(arena_->data()), deadline_ns);
   const auto progressed = [&] {
+    if (!all_direct) fabric_->drive();
     const bool all = inbox_.arrived(iteration);
     const std::size_t before = behind_.size();
     std::erase_if(behind_, [&](std::uint32_t q) {
@@ -319,7 +326,11 @@ Outcome Exchange::pull(std::uint64_t iteration, const std::vector<std::pair<std:
     }
   }
   Backoff backoff(config_.wait, Sleeper(arena_->data()), deadline_ns);
-  const auto done = [&] { return mine.pulling.load(std::memory_order_acquire) == 0 || failure_.failed(); };
+  const auto done = [&] {
+    if (mine.pulling.load(std::memory_order_acquire) == 0 || failure_.failed()) return true;
+    fabric_->drive();
+    return mine.pulling.load(std::memory_order_acquire) == 0;
+  };
   for (;;) {
     Outcome outcome = read_some(mine);
     if (outcome != Outcome::ok) return outcome;

@@ -180,6 +180,9 @@ class Exchange {
   void settle(Record& record);
   void settle_unwanted();
   bool has_left(std::uint32_t peer) const;
+  void drive() {
+    if (remote_) fabric_->drive();
+  }
 
   std::shared_ptr<Fabric> fabric_;
   std::shared_ptr<Arena> arena_;
@@ -200,6 +203,7 @@ class Exchange {
   std::uint64_t next_ = 0;
   std::uint64_t settled_ = 0;  // iterations below this are settled
   std::vector<std::uint64_t> leads_{0};
+  bool remote_ = false;  // some peer is reached by puts
   std::atomic<bool> busy_{false};
   std::uint64_t asked_ns_ = 0;  // when interrupted() was asked last
   Details details_;

@@ -42,7 +42,8 @@ Outcome Exchange::make_room(std::uint64_t deadline_ns) {
   };
   if (!free()) {
     Backoff backoff(config_.wait, Sleeper(arena_->data()), deadline_ns);
-    while (!backoff.until(free, false)) {
+    const auto driven = [&] { return drive(), free(); };
+    while (!backoff.until(driven, false)) {
       const Outcome outcome = give_up(deadline_ns, next_, "earlier messages have not left");
       if (outcome != Outcome::ok) return outcome;
     }
@@ -57,7 +58,10 @@ Outcome Exchange::settle_released(Record& due, std::uint64_t deadline_ns) {
     if (outcome != Outcome::ok) return outcome;
   }
   drop_reads(due);
-  const auto idle = [&] { return due.pulling.load(std::memory_order_acquire) == 0 || failure_.failed(); };
+  const auto idle = [&] {
+    drive();
+    return due.pulling.load(std::memory_order_acquire) == 0 || failure_.failed();
+  };
   Backoff backoff(config_.wait, Sleeper(arena_->data()), deadline_ns);
   while (!backoff.until(idle, false)) {
     const Outcome outcome = give_up(deadline_ns, due.iteration, "it is still being pulled");
@@ -138,7 +142,7 @@ Outcome Exchange::post(const std::byte* data, std::uint64_t items, std::uint64_t
   ++stats_[self].messages;
   stats_[self].bytes += mine.lengths[self];
   ++next_;
-  if (queued) fabric_->kick();
+  if (queued) fabric_->start();
   // Pairs with the fence of a sleeper: it sees the counters stored above, or we see that it sleeps.
   std::atomic_thread_fence(std::memory_order_seq_cst);
   for (const auto& each : channels_) {

@@ -1,5 +1,6 @@
 #include "fabric.h"
 
+#include <poll.h>
 #include <pthread.h>
 #include <sched.h>
 #include <signal.h>
@@ -24,6 +25,8 @@ constexpr unsigned kSpins = 64;                      // idle rounds before the t
 constexpr unsigned kYields = 256;                    // idle rounds, work in flight, before it sleeps
 constexpr int kBusySleepMs = 1;                      // bound of a sleep while work is in flight
 constexpr int kIdleSleepMs = 500;                    // bound of a sleep otherwise
+constexpr int kStartRounds = 16;                     // of one start(): what is queued takes one or two
+constexpr long kNapNs = 100'000;                     // how long what callers have left is left alone
 constexpr std::chrono::milliseconds kLeastCall{200};  // how long a bounded call waits, however late it is
 constexpr std::uint64_t kTickNs = 1'000'000'000;
 constexpr std::uint64_t kWatchNs = 100'000'000;      // how long a busy thread may be deaf to its watches
@@ -88,7 +91,16 @@ void Fabric::kick() {
   if (sleeping_.load(std::memory_order_relaxed)) ring(wake_);
 }
 
-void Fabric::call(const std::function<void()>& work) { call(work, kNever); }
+void Fabric::call(const std::function<void()>& work) {
+  if (getpid() != pid_) throw std::runtime_error("the fabric is closed");
+  {
+    const std::lock_guard turn(turn_);
+    if (stopping_) throw std::runtime_error("the fabric is closed");
+    run_commands();  // those that a bounded call has left behind come first
+    work();
+  }
+  kick();
+}
 
 bool Fabric::call(std::function<void()> work, std::uint64_t deadline_ns) {
   const auto task = std::make_shared<std::packaged_task<void()>>(std::move(work));
@@ -135,9 +147,12 @@ void Fabric::unwatch(int fd) {
   if (watches_.erase(fd)) epoll_ctl(events_, EPOLL_CTL_DEL, fd, nullptr);
 }
 
-void Fabric::look_at_watches(int milliseconds) {
+// Leaves the turn to others while it waits.
+void Fabric::look_at_watches(int milliseconds, std::unique_lock<std::mutex>& turn) {
   epoll_event ready[16];
+  if (milliseconds) turn.unlock();
   const int count = epoll_wait(events_, ready, std::size(ready), milliseconds);
+  if (milliseconds) turn.lock();
   for (int i = 0; i < count; ++i) {
     const auto found = watches_.find(ready[i].data.fd);
     if (found == watches_.end()) continue;  // unwatched by one before it
@@ -160,25 +175,58 @@ bool Fabric::anything_waiting() const {
   return std::any_of(driven_.begin(), driven_.end(), [](const Driven* each) { return each->waiting(); });
 }
 
-void Fabric::sleep(int milliseconds) {
-  // UCS_ERR_BUSY: events are pending already, progress first.
-  if (ucp_worker_arm(worker_) == UCS_OK) look_at_watches(milliseconds);
+bool Fabric::round() {
+  bool moved = false;
+  if (ucp_worker_progress(worker_) != 0) {
+    moved = true;
+    for (std::size_t i = 0; i < driven_.size(); ++i) driven_[i]->stirred();
+  }
+  for (std::size_t i = 0; i < driven_.size(); ++i) moved |= driven_[i]->advance();
+  return moved;
+}
+
+void Fabric::drive() {
+  drives_.store(drives_.load(std::memory_order_relaxed) + 1, std::memory_order_relaxed);  // any change does
+  const std::unique_lock turn(turn_, std::try_to_lock);
+  if (turn && !stopping_.load(std::memory_order_relaxed)) round();
+}
+
+void Fabric::start() {
+  drives_.store(drives_.load(std::memory_order_relaxed) + 1, std::memory_order_relaxed);
+  {
+    const std::unique_lock turn(turn_, std::try_to_lock);
+    if (turn && !stopping_.load(std::memory_order_relaxed)) {
+      for (int rounds = 0; rounds < kStartRounds && round(); ++rounds) {
+      }
+      if (!anything_waiting()) return;
+    }
+  }
+  kick();
+}
+
+// Until a command comes, or a nap's length.
+void Fabric::nap() {
+  pollfd command{wake_, POLLIN, 0};
+  const timespec most{0, kNapNs};
+  if (ppoll(&command, 1, &most, nullptr) != 1) return;
+  std::uint64_t count = 0;
+  [[maybe_unused]] const auto drained = read(wake_, &count, sizeof count);
 }
 
 void Fabric::run() {
   unsigned idle = 0;
-  std::uint64_t next_tick = now_ns() + kTickNs, next_watch = 0;
-  for (unsigned round = 0; !stopping_.load(std::memory_order_relaxed); ++round) {
+  std::uint64_t next_tick = now_ns() + kTickNs, next_watch = 0, drives = 0;
+  for (unsigned rounds = 0; !stopping_.load(std::memory_order_relaxed); ++rounds) {
+    const std::uint64_t drives_now = drives_.load(std::memory_order_relaxed);
+    const bool driven = std::exchange(drives, drives_now) != drives_now;
+    if (driven) nap();
+    std::unique_lock turn(turn_);
     bool moved = run_commands();
-    if (ucp_worker_progress(worker_) != 0) {
-      moved = true;
-      for (std::size_t i = 0; i < driven_.size(); ++i) driven_[i]->stirred();
-    }
-    for (std::size_t i = 0; i < driven_.size(); ++i) moved |= driven_[i]->advance();
-    if (round % 64 == 0 || idle >= kSpins) {
+    if (!driven) moved |= round();
+    if (driven || rounds % 64 == 0 || idle >= kSpins) {
       const std::uint64_t now = now_ns();
       if (now >= next_watch) {
-        look_at_watches(0);
+        look_at_watches(0, turn);
         next_watch = now + kWatchNs;
       }
       if (now >= next_tick) {
@@ -186,25 +234,31 @@ void Fabric::run() {
         next_tick = now + kTickNs;
       }
     }
-    if (moved) {
+    if (moved || driven) {
       idle = 0;
       continue;
     }
     if (++idle < kSpins) {
+      turn.unlock();
       relax();
       continue;
     }
     const bool in_flight = anything_waiting();
     if (in_flight && idle < kYields) {
+      turn.unlock();
       sched_yield();
       continue;
     }
     sleeping_.store(true, std::memory_order_relaxed);
     std::atomic_thread_fence(std::memory_order_seq_cst);
-    if (in_flight || !anything_waiting()) sleep(in_flight ? kBusySleepMs : kIdleSleepMs);
+    // UCS_ERR_BUSY: events are pending already, progress first.
+    if ((in_flight || !anything_waiting()) && ucp_worker_arm(worker_) == UCS_OK) {
+      look_at_watches(in_flight ? kBusySleepMs : kIdleSleepMs, turn);
+    }
     sleeping_.store(false, std::memory_order_relaxed);
     if (!in_flight) idle = 0;
   }
+  const std::lock_guard turn(turn_);
   run_commands();  // nobody waits for a command that never runs
 }
 

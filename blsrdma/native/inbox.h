@@ -14,14 +14,25 @@ namespace blsrdma {
 class Inbox {
  public:
   Inbox(const Arena& arena, const Geometry& geometry, std::uint32_t rank, std::uint64_t epoch)
-      : base_(arena.data()), geometry_(geometry), rank_(rank), epoch_(epoch), seen_(geometry.ranks, 0) {}
+      : base_(arena.data()), geometry_(geometry), rank_(rank), epoch_(epoch), seen_(geometry.ranks, 0),
+        ways_(geometry.ranks, Way::unknown) {}
 
   // Whether every peer's message of `iteration` is here. Polls only the counters that are behind.
   bool arrived(std::uint64_t iteration);
   // Messages of `source` that are here, by the newest look at its counter.
   std::uint64_t seen(std::uint32_t source) const { return seen_[source]; }
   std::uint64_t look(std::uint32_t source) {
-    return seen_[source] = poll(counter(source, kCounterOffset), epoch_, seen_[source]);
+    std::uint64_t& seen = seen_[source];
+    if (ways_[source] != Way::puts) {
+      const std::uint64_t stored = poll(counter(source, kCounterOffset), epoch_, seen);
+      if (stored > seen) ways_[source] = Way::stores;
+      if (ways_[source] == Way::stores) return seen = stored;
+    }
+    while (poll(arrival(source, seen), epoch_, seen) == seen + 1) {
+      ways_[source] = Way::puts;
+      ++seen;
+    }
+    return seen;
   }
   // Large messages of this rank's iterations below this that `source` has pulled, or did not want.
   std::uint64_t pulled(std::uint32_t source) const { return poll(counter(source, kPulledOffset), epoch_, 0); }
@@ -45,6 +56,12 @@ class Inbox {
   }
 
  private:
+  // How a source counts: only its first message shows it. See Counter.
+  enum class Way : std::uint8_t { unknown, stores, puts };
+
+  Counter* arrival(std::uint32_t source, std::uint64_t iteration) const {
+    return reinterpret_cast<Counter*>(base_ + geometry_.window(rank_, source, iteration) + kArrivedOffset);
+  }
   Counter* counter(std::uint32_t source, std::uint64_t offset) const {
     return reinterpret_cast<Counter*>(base_ + geometry_.control(source) + offset);
   }
@@ -54,6 +71,7 @@ class Inbox {
   std::uint32_t rank_;
   std::uint64_t epoch_;
   std::vector<std::uint64_t> seen_;
+  std::vector<Way> ways_;
   std::uint64_t complete_ = 0;  // iterations 0 .. complete_ - 1 are known to be complete
 };
 

@@ -60,7 +60,9 @@ struct Geometry {
   }
 };
 
-// n says: every message up to iteration n - 1 is in its window. Single writer, monotone, never reset.
+// n says: every message up to iteration n - 1 is in its window. Single writer, monotone, never reset. Where it lies: of a
+// sender that stores, in its control block; of one that puts, in the header of message n - 1, which it puts when the message
+// is there: one put instead of two.
 struct Counter {
   std::uint64_t value;
   std::uint64_t check;  // ~value ^ epoch
@@ -109,6 +111,7 @@ struct alignas(kLine) Header {
   std::uint64_t kind;      // kInline, or kLarge: the payload is a Descriptor, the message is to be pulled
   std::uint64_t checksum;  // of the message, where the exchange checks contents; else 0
   std::uint64_t check;
+  Counter arrived;         // of a sender that puts: iteration + 1. Not part of the check: it has one of its own
 
   static constexpr std::uint64_t kInline = 0;
   static constexpr std::uint64_t kLarge = 1;
@@ -121,6 +124,7 @@ struct alignas(kLine) Header {
   bool intact(std::uint64_t epoch) const { return check == mix(epoch); }
 };
 static_assert(sizeof(Header) == kHeaderBytes);
+inline constexpr std::uint64_t kArrivedOffset = offsetof(Header, arrived);
 
 // Where a message that is larger than its window can be got; without a key where the receiver reads it by itself.
 struct Descriptor {

@@ -23,8 +23,8 @@ class Liveness final : public Driven {
   Liveness(const Inbox& inbox, std::uint32_t self, std::vector<int> pidfds, std::uint64_t keepalive_ns, Died died);
   ~Liveness() override;
 
-  void start(Fabric& fabric);  // on the progress thread
-  void stop(Fabric& fabric);   // on the progress thread
+  void start(Fabric& fabric);  // in a turn
+  void stop(Fabric& fabric);   // in a turn
   void tick(std::uint64_t now) override;
 
   bool here(std::uint32_t peer) const { return pidfds_[peer] >= 0; }

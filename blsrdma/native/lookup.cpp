@@ -174,6 +174,15 @@ void Lookup::connect(const std::vector<Peer>& peers, std::vector<int> pidfds, st
   if (!fabric_->until(settled, deadline_ns)) {
     throw std::runtime_error("the first put has not completed to ranks " + missing);
   }
+  fabric_->call([&] {
+    for (const auto* plane : {&asking_, &answering_}) {
+      for (const auto& each : *plane) {
+        if (!each) continue;
+        each->settle();
+        remote_ |= !each->direct();
+      }
+    }
+  });
   for (std::uint32_t place = 0; place < (config_.second_place ? TableSets::kPlaces : 1); ++place) {
     for (Table& table : tables_.at(place)) {
       if (table.owner != config_.rank && peers_[table.owner].mapped) {

@@ -263,6 +263,7 @@ class Lookup {
   bool moved_ = true;              // nothing is incomplete of the version before
   bool finished_ = false;
   std::uint64_t adopted_at_ = 0;   // the first ask of version_
+  bool remote_ = false;  // some peer is reached by puts
   std::atomic<bool> busy_{false};
   std::uint64_t asked_ns_ = 0;
   std::uint64_t looked_ns_ = 0;  // for failures

@@ -19,7 +19,7 @@ bool Lookup::has_left(std::uint32_t peer) const {
          answering_[peer]->broken() != UCS_OK;
 }
 
-// On the progress thread. One that has said farewell has left: what is still wanted of it finds that.
+// In a turn of the fabric. One that has said farewell has left: what is still wanted of it finds that.
 void Lookup::broken(std::uint32_t peer, std::string why) {
   if (!server_->inbox().farewell(peer)) peers_[peer].failure->set(Outcome::peer_died, peer, std::move(why));
   request_bell_->stirred();
@@ -98,7 +98,7 @@ void Lookup::write(std::uint32_t owner, PeerState& peer) {
     ++peer.sent;
     ++stats_[owner].requests;
     stats_[owner].request_bytes += bytes;
-    if (!peer.asking->direct()) fabric_->kick();
+    if (!peer.asking->direct()) fabric_->start();
     std::atomic_thread_fence(std::memory_order_seq_cst);
     peer.asking->wake();
   }
@@ -213,6 +213,7 @@ Outcome Lookup::until(const std::function<bool()>& done, std::uint64_t deadline_
   };
   Backoff backoff(config_.wait, Sleeper(responses_arena_->data()), deadline_ns);
   const auto progressed = [&] {
+    if (remote_) fabric_->drive();
     while (pump()) {
     }
     return done();

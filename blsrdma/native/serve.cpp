@@ -133,7 +133,7 @@ void Server::answer(std::uint32_t number, Client& client) {
   add(stats.rows, answer.rows);
   ++client.next;
   client.channel->post(back, reply, back.length);
-  if (!client.channel->direct()) fabric_->kick();
+  if (!client.channel->direct()) fabric_->start();
   std::atomic_thread_fence(std::memory_order_seq_cst);  // pairs with that of a sleeper
   client.channel->wake();
   const std::uint64_t busy = now_ns() - began;

@@ -56,7 +56,7 @@ class Settings:
     windows: int | None = None
     parts: int = 1
     release: bool = True
-    order: Literal["flush", "counter with data", "counters unordered"] = "flush"
+    order: Literal["flush", "counter with data"] = "flush"
     room: bool = True
 
     def __str__(self) -> str:

@@ -5,11 +5,11 @@ what can happen next, one event at a time, in any order:
 
     post       a rank posts its next iteration to everyone, when the lag rules allow it
     release    a rank releases any iteration it has posted, read or not
-    take       a sender's progress thread takes all that is queued for one peer and issues the puts (a batch)
+    take       a sender takes all that is queued for one peer and issues the puts (a batch)
     land       one part of one message arrives; parts are unordered, and until all are there the window is undefined
-    flush      all puts of a batch, and the counter put before it, have landed: only now is the counter put issued
-    counter    the counter becomes visible at the receiver
-    complete   the counter put is complete at its sender, before or after it is visible: the next batch may be taken
+    flush      all puts of a batch have landed: only now are the headers put, each with a counter
+    counter    a header lands; the receiver sees messages up to the first whose header has not
+    complete   the header puts are complete at their sender, before or after they land: the next batch may be taken
     crash      a rank dies, at any moment; what it had in flight lands later or never
     fail       a survivor notices, at any later moment, and raises; what others had sent it still lands
     free       a survivor that failed gives its windows' memory to something else
@@ -66,8 +66,8 @@ class Settings:
     windows     per source; None: as many as the rule asks for
     parts       of each message; 0: see the module
     doomed      how many of the ranks may crash
-    order       the counter put is issued only after a flush: when the batch has landed, and the counter put before it;
-                or at once, unordered with the data; or when the batch has landed, unordered with other counters
+    order       headers are put only after a flush, when the batch has landed; or a counter is put at once with the data,
+                unordered
     completion  iteration i is posted only when i - lag - 1 is complete
     releases    and released
     room        a message is queued only when the one `windows` before it has left
@@ -90,7 +90,7 @@ class Settings:
     windows: int | None = None
     parts: int = 1
     doomed: int = 0
-    order: Literal["flush", "counter with data", "counters unordered"] = "flush"
+    order: Literal["flush", "counter with data"] = "flush"
     completion: bool = True
     releases: bool = True
     room: bool = True

@@ -70,7 +70,6 @@ def test_the_rules_hold(settings: Settings, record_property: Callable[[str, obje
         (Settings(lag=2, order="counter with data"), "early read"),
         (Settings(ranks=3, lag=0, order="counter with data"), "early read"),
         (Settings(ranks=3, lag=2, order="counter with data", eager="arrivals"), "early read"),
-        (Settings(lag=0, order="counters unordered"), "deadlock"),
         (Settings(lag=0, releases=False), "overwrite"),
         (Settings(lag=2, releases=False, eager="arrivals"), "overwrite"),
         (Settings(lag=0, completion=False), "lead"),

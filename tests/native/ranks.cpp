@@ -193,7 +193,7 @@ Ucx::Ucx(const Path& path) {
   ucp_config_t* config = nullptr;
   check(ucp_config_read(nullptr, nullptr, &config), "ucp_config_read");
   const std::pair<const char*, const char*> values[] = {
-      {"TLS", path.tls}, {"RNDV_THRESH", "inf"}, {"POSIX_ERROR_HANDLING", "y"}, {"SYSV_ERROR_HANDLING", "y"}};
+      {"TLS", path.tls}, {"NET_DEVICES", path.devices}, {"RNDV_THRESH", "inf"}, {"POSIX_ERROR_HANDLING", "y"}, {"SYSV_ERROR_HANDLING", "y"}};
   for (const auto& [name, value] : values) check(ucp_config_modify(config, name, value), name);
   ucp_params_t params{};
   params.field_mask = UCP_PARAM_FIELD_FEATURES;

@@ -28,14 +28,16 @@ struct Path {
   // The peer's arena is used where it lies in this process instead of being mapped again (threads only). So a sanitizer
   // sees that both ranks touch the same memory.
   bool in_place = false;
+  const char* devices = "all";  // UCX_NET_DEVICES
   bool direct() const { return allow_direct && std::string_view(tls).starts_with("posix"); }
 };
 inline constexpr Path kDirect{"direct", "posix,self", true};
 inline constexpr Path kInPlace{"in_place", "posix,self", true, true};
 inline constexpr Path kPosixPuts{"posix_puts", "posix,self", false};
 inline constexpr Path kCmaPuts{"cma_puts", "posix,cma,self", false};
-inline constexpr Path kTcp{"tcp", "tcp,self", false};
-inline constexpr Path kPaths[] = {kDirect, kInPlace, kPosixPuts, kCmaPuts, kTcp};
+inline constexpr Path kTcp{"tcp", "tcp,self", false};  // by every interface: by several connections, where there are
+inline constexpr Path kOneTcp{"one_tcp", "tcp,self", false, false, "lo"};
+inline constexpr Path kPaths[] = {kDirect, kInPlace, kPosixPuts, kCmaPuts, kTcp, kOneTcp};
 
 // Set by a thread: what it tries from here on says that it may not read another process's memory.
 extern thread_local bool forbid_reading;

@@ -479,6 +479,35 @@ TEST(scribbled_counters_are_told) {
   }
 }
 
+TEST(scribbled_counters_of_headers_are_told) {
+  // By puts the counter of the message that is expected next lies in its window's header.
+  for (const bool torn : {false, true}) {
+    on_threads(2, [&](Meeting& meeting, std::uint32_t self) {
+      Settings settings{.path = kPosixPuts};
+      Rank rank(meeting, self, settings);
+      CHECK_OUTCOME(rank, rank.post_pattern(1), ok);  // so that the way of counting is known
+      CHECK_OUTCOME(rank, rank->wait(0, soon()), ok);
+      rank->release(0);
+      meeting.meet();
+      if (self == 0) {
+        const Counter before{0, 0}, after = Counter::of(2, rank.settings.epoch);
+        Counter written = Counter::of(3, rank.settings.epoch);
+        if (torn) {  // the sender has been stopped in the middle of the right one: not a foreign write
+          written = before;
+          std::memcpy(&written, &after, 11);
+        }
+        std::byte* line = rank.arena->data() + rank.geometry.window(0, 1, 1) + kArrivedOffset;
+        publish(reinterpret_cast<Counter*>(line), written);
+        CHECK_OUTCOME(rank, rank.post_pattern(1), ok);
+        CHECK_EQUAL(rank->wait(1, in_ms(torn ? 300 : 5000)), torn ? Outcome::timeout : Outcome::corrupt);
+        CHECK_EQUAL(rank->details().rank, torn ? 0u : 1u);
+      }
+      meeting.meet();
+      CHECK(rank.close());
+    });
+  }
+}
+
 TEST(scribbled_farewells_and_heartbeats_are_ignored) {
   on_threads(2, [&](Meeting& meeting, std::uint32_t self) {
     Rank rank(meeting, self, {});

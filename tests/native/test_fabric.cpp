@@ -1,4 +1,5 @@
-// The progress thread: what it runs, how it ends, and that no kick is lost while it goes to sleep.
+// The progress thread: what it runs, how it ends, that no kick is lost while it goes to sleep, and that callers may drive
+// in its stead.
 #include <dirent.h>
 #include <sched.h>
 #include <unistd.h>
@@ -43,10 +44,13 @@ class Counting final : public Driven {
 TEST(what_a_command_throws_comes_back) {
   const Node node(kPosixPuts);
   CHECK_THROWS(std::out_of_range, node.fabric->call([] { throw std::out_of_range("mine"); }));
-  int calls = 0;
+  CHECK_THROWS(std::out_of_range, node.fabric->call([] { throw std::out_of_range("mine"); }, soon()));
+  int elsewhere = 0;
   const auto here = std::this_thread::get_id();
-  node.fabric->call([&] { calls += std::this_thread::get_id() != here; });
-  CHECK_EQUAL(calls, 1);
+  node.fabric->call([&] { elsewhere += std::this_thread::get_id() != here; });
+  CHECK_EQUAL(elsewhere, 0);
+  CHECK(node.fabric->call([&] { elsewhere += std::this_thread::get_id() != here; }, soon()));
+  CHECK_EQUAL(elsewhere, 1);  // so that the caller can leave at its deadline
   CHECK_THROWS(std::out_of_range, node.fabric->until([]() -> bool { throw std::out_of_range("mine"); }, soon()));
 }
 
@@ -118,7 +122,7 @@ TEST(every_call_returns_although_the_fabric_stops) {
 
 TEST(calls_of_several_threads_all_run) {
   const Node node(kPosixPuts);
-  int total = 0;  // touched by the progress thread only
+  int total = 0;  // touched by whoever has the turn only
   std::vector<std::thread> callers;
   for (int i = 0; i < 4; ++i) {
     callers.emplace_back([&] {
@@ -154,6 +158,68 @@ TEST(no_kick_is_lost) {
   node.fabric->call([&] { node.fabric->detach(&work); });
   std::printf("%d kicks, %d late\n", rounds, lost);
   CHECK(lost < 3);
+}
+
+// Says when two are at it at once.
+class Guarded final : public Driven {
+ public:
+  std::atomic<bool> inside{false}, overlapped{false};
+  std::atomic<std::uint64_t> steps{0};
+  bool advance() override {
+    if (inside.exchange(true)) overlapped = true;
+    ++plain_;
+    ++steps;
+    inside.store(false);
+    return steps % 3 == 0;
+  }
+
+ private:
+  std::uint64_t plain_ = 0;  // for a thread sanitizer: no atomic
+};
+
+TEST(one_at_a_time_drives) {
+  const Node node(kPosixPuts);
+  Guarded work;
+  node.fabric->call([&] { node.fabric->attach(&work); });
+  std::atomic<bool> stop{false};
+  std::vector<std::thread> callers;
+  for (int i = 0; i < 3; ++i) {
+    callers.emplace_back([&, i] {
+      for (int n = 0; !stop; ++n) {
+        if (i == 0) node.fabric->drive();
+        if (i == 1) node.fabric->start();
+        if (i == 2) node.fabric->call([] {});
+        if (n % 50 == 0) usleep(200);
+      }
+    });
+  }
+  usleep(300'000);
+  stop = true;
+  for (auto& each : callers) each.join();
+  node.fabric->call([&] { node.fabric->detach(&work); });
+  CHECK(!work.overlapped);
+  CHECK(work.steps > 100);
+}
+
+// A caller drives for a while, leaves work behind and goes away: it is the thread's then.
+TEST(what_a_caller_leaves_is_taken_over) {
+  const Node node(kPosixPuts);
+  Counting work;
+  node.fabric->call([&] { node.fabric->attach(&work); });
+  int late = 0;
+  for (int round = 0; round < 100; ++round) {
+    for (int n = 0; n < round; ++n) node.fabric->drive();
+    const std::uint64_t began = now_ns();
+    work.asked.fetch_add(1000, std::memory_order_release);
+    node.fabric->start();  // does some of it
+    while (work.waiting()) {
+      usleep(100);
+      CHECK(now_ns() < began + 20'000 * kMs);
+    }
+    late += now_ns() - began > 400 * kMs;  // an idle sleep's bound: nobody had been told
+  }
+  node.fabric->call([&] { node.fabric->detach(&work); });
+  CHECK(late < 3);
 }
 
 TEST(an_idle_fabric_sleeps) {
