@@ -94,8 +94,11 @@ void Fabric::kick() {
 void Fabric::call(const std::function<void()>& work) {
   if (getpid() != pid_) throw std::runtime_error("the fabric is closed");
   {
-    const std::lock_guard turn(turn_);
-    if (stopping_) throw std::runtime_error("the fabric is closed");
+    // A round is short. Only a thread that is held up keeps the turn, and then stop() says so.
+    std::unique_lock turn(turn_, std::defer_lock);
+    do {
+      if (stopping_) throw std::runtime_error("the fabric is closed");
+    } while (!turn.try_lock() && (sched_yield(), true));
     run_commands();  // those that a bounded call has left behind come first
     work();
   }
