@@ -1,8 +1,8 @@
 """One channel of the model in protocol.py: what one rank has posted to one other, and how far it has got.
 
 A batch is what the sender takes from the queue at once. Its puts are unordered among themselves. When they have landed,
-the headers are put, each with the counter of its message, unordered too: the receiver sees a message when its header and
-those of all earlier messages are there. (A sender that stores, which does everything in order, is a special case.)
+the headers are put, each with the counter of its message, unordered too: the receiver sees a message when its header
+and those of all earlier messages are there. (A sender that stores, which does everything in order, is a special case.)
 """
 
 from __future__ import annotations

@@ -66,8 +66,8 @@ class Settings:
     windows     per source; None: as many as the rule asks for
     parts       of each message; 0: see the module
     doomed      how many of the ranks may crash
-    order       headers are put only after a flush, when the batch has landed; or a counter is put at once with the data,
-                unordered
+    order       headers are put only after a flush, when the batch has landed; or a counter is put at once with the
+                data, unordered
     completion  iteration i is posted only when i - lag - 1 is complete
     releases    and released
     room        a message is queued only when the one `windows` before it has left
