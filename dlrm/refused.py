@@ -35,6 +35,7 @@ REFUSED: dict[str, str] = {
             "--mlperf-logging",
             "--mlperf-acc-threshold",
             "--mlperf-auc-threshold",
+            "--mlperf-grad-accum-iter",
         ),
         _TRAINING,
     ),
@@ -47,7 +48,18 @@ REFUSED: dict[str, str] = {
     ),
     "--data-sub-sample-rate": "every sample is predicted; leave it out",
     "--data-randomize": "samples are predicted in the order of the file; leave it out",
-    "--num-workers": "the ranks read for themselves; leave it out",
+    **dict.fromkeys(("--num-workers", "--test-num-workers"), "the ranks read for themselves; leave it out"),
+    "--dataset-multiprocessing": "files are read as they are, in a stream; leave it out",
+    "--activation-function": "layers have ReLU between them and a sigmoid at the end; leave it out",
+    "--data-size": "say it in batches: --num-batches and --mini-batch-size",
+    **dict.fromkeys(("--rand-data-min", "--rand-data-max"), "rows are drawn from whole tables; leave it out"),
+    **dict.fromkeys(("--rand-data-mu", "--rand-data-sigma"), "say --rand-data-dist gaussian:mu=20,sigma=15"),
+    "--data-trace-enable-padding": "bags keep the lengths that were drawn; leave it out",
+    "--print-precision": "--predictions writes all digits; leave it out",
+    "--print-wall-time": "use --print-time, or --json for all times",
+    "--debug-mode": "use --debug",
+    "--enable-profiling": "use --profile, or BLSRDMA_TRACE for a timeline",
+    "--tensor-board-filename": "use --json",
 }
 
 

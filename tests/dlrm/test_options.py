@@ -75,6 +75,8 @@ def test_values_that_do_not_fit_together(line: str, says: str) -> None:
         ("--qr-flag", "--qr-flag: QR embeddings: use plain ones"),
         ("--md-flag --md-threshold 3", "MD embeddings"),
         ("--nepochs=2", "only does inference"),
+        ("--data-size 5", "--data-size: say it in batches"),
+        ("--rand-data-mu=3", "say --rand-data-dist gaussian"),
         ("--dist-backend ccl", "invalid choice: 'ccl'"),
         ("--lags 3", "unrecognized"),
     ],
