@@ -19,6 +19,7 @@ TRANSPORTS = {
     "sysv-puts": {"UCX_TLS": "sysv,self", "BLSRDMA_DIRECT": "0"},
     "cma-puts": {"UCX_TLS": "posix,cma,self", "BLSRDMA_DIRECT": "0"},
     "tcp": {"UCX_TLS": "tcp,self", "BLSRDMA_DIRECT": "0"},  # large messages too, as between hosts
+    "one-tcp": {"UCX_TLS": "tcp,self", "UCX_NET_DEVICES": "lo", "BLSRDMA_DIRECT": "0"},  # a single connection
 }
 
 
