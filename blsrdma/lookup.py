@@ -11,9 +11,9 @@ A rank asks the owners of the tables it needs, and nobody else waits for it: ran
 requests, nor at the same time. Others are answered apart from the rank's own loop, by a thread that needs no GIL.
 
 mode "put": requests and responses are put into windows (blsrdma.request_windows); the owner pools. mode "get": the
-tables lie in registered memory, and the requester reads the rows it needs by one-sided loads and pools them itself; the
-owner's processor takes no part. Either way a bag is pooled wholly at one place by the same kernel, in index order: the
-bits are the same, and are those of torch.nn.functional.embedding_bag on float32.
+tables lie in registered memory, and the requester reads the rows it needs by one-sided loads or gets and pools them
+itself; the owner's processor takes no part. Either way a bag is pooled wholly at one place by the same kernel, in index
+order: the bits are the same, and are those of torch.nn.functional.embedding_bag on float32.
 
 One thread at a time calls a Lookup and its handles. Waits release the GIL.
 """
@@ -289,7 +289,8 @@ class Lookup:
         """What happened so far: `asks`, `version`, `memory_bytes`, and `peers`, one entry per rank:
 
         - path: self, direct (stores into mapped memory), put (UCX), read (get mode); and transport, UCX's choice for
-          puts; of reads mapped (loads), or cma (process_vm_readv, where its memory cannot be mapped);
+          puts; of reads mapped (loads), cma (process_vm_readv, where its memory cannot be mapped), or ucp_get and
+          what UCX gets by;
         - asked of it: requests, request_bytes, response_bytes, bags, rows, wait_ns (of waits in which it was missing),
           degraded (bags that were answered with the default row); and with fetch "rows": rows fetched, and not fetched
           because they were kept, cached or repeated;
@@ -374,6 +375,8 @@ class Lookup:
 
     def _transport(self, peer: int, path: str) -> str:
         if path == "read":
+            if self._core.gets(peer):
+                return f"ucp_get ({self._core.transport(peer)})"
             return "mapped" if self._core.mapped(peer) else "cma"
         return self._core.transport(peer) if path == "put" else ""
 

@@ -106,9 +106,8 @@ def _refuse_what_cannot_be_read(opened: Opened, rank: int, name: str) -> None:
     if apart := [q for q in sorted(owners) if not opened.core.readable(q)]:
         raise ReadsUnavailable(
             f"lookup {name!r}, mode get: rank {rank} can neither map nor read the tables of rank "
-            f"{', '.join(map(str, apart))} ({opened.core.transport(apart[0])}): it is on another host, or the system "
-            "forbids it, and reads over the network are not there yet (over TCP UCX would emulate them, and need the "
-            "owner): use mode put, or auto"
+            f"{', '.join(map(str, apart))}, nor get them over {opened.core.transport(apart[0])}: UCX would emulate "
+            "that, and need the owner (it gets over rc, dc, cma and xpmem): use mode put, or auto"
         )
 
 

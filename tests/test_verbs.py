@@ -1,4 +1,4 @@
-"""The exchange over RDMA alone: on a machine that has a device, and in the guest of ci/softroce/run.
+"""The exchange, and lookups, over RDMA alone: on a machine that has a device, and in the guest of ci/softroce/run.
 
 Direct stores and shared memory are off; UCX_TLS, UCX_NET_DEVICES and the like may be set by whoever knows the device.
 """
@@ -10,6 +10,7 @@ import signal
 
 import pytest
 
+from tests.lookup.test_lookup import exact
 from tests.ranks import run_ranks
 from tests.test_exchange import _every_transport
 from tests.test_large_messages import _any_size
@@ -29,6 +30,14 @@ def test_irregular_messages(lag: int, no_leftovers: None) -> None:
 @pytest.mark.parametrize("with_out", [False, True], ids=["views", "out"])
 def test_large_messages_are_pulled(with_out: bool, no_leftovers: None) -> None:
     run_ranks(_any_size, 3, 1, 1000, with_out, env=VERBS, timeout=SECONDS)
+
+
+def test_tables_are_read(no_leftovers: None) -> None:
+    results = run_ranks(exact, 3, 21, {"lag": 2, "mode": "get", "timeout": 100}, 5, env=VERBS, timeout=SECONDS)
+    for result in results:
+        paths = {(peer["path"], peer["transport"].startswith(("ucp_get (rc_", "ucp_get (dc_")))
+                 for peer in result.value["stats"]["peers"] if peer["rank"] != result.rank}  # fmt: skip
+        assert paths == {("read", True)}, result
 
 
 def _killed(rank, world, store):

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <string_view>
 
 namespace blsrdma {
 
@@ -56,6 +57,15 @@ std::vector<std::string> Channel::lanes() const {
     lanes.push_back(std::string(entries[i].transport_name) + "/" + entries[i].device_name);
   }
   return lanes;
+}
+
+bool Channel::gets(bool cma) const {
+  bool found = false;
+  for (const std::string_view lane : lanes()) {
+    if (lane.starts_with("cma/") && !cma) return false;
+    for (const char* reading : {"rc_", "dc_", "xpmem/", "cma/"}) found |= lane.starts_with(reading);  // ud only puts
+  }
+  return found;
 }
 
 std::string Channel::transport() const {

@@ -46,6 +46,9 @@ class Channel final : public Driven {
   bool direct() const { return mapped_ != nullptr; }
   bool was_direct() const { return was_direct_; }  // also once it has been disconnected
   std::string transport() const;  // in a turn
+  // Whether UCX reads the peer's memory without the peer, and does not emulate it (TCP), by cma or not; in a turn, once it
+  // is warm.
+  bool gets(bool cma) const;
   // UCS_OK, or why the endpoint is unusable.
   ucs_status_t broken() const { return broken_.load(std::memory_order_acquire); }
 

@@ -5,7 +5,10 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <array>
 #include <cstring>
+#include <map>
+#include <memory>
 #include <tuple>
 #include <utility>
 
@@ -98,6 +101,7 @@ Lookup::~Lookup() {
       if (liveness_) liveness_->stop(*fabric_);
       fabric_->detach(request_bell_.get());
       fabric_->detach(response_bell_.get());
+      drop_getters();
       for (auto* plane : {&asking_, &answering_}) {
         for (const auto& each : *plane) {
           if (each) each->orphan();
@@ -110,7 +114,7 @@ Lookup::~Lookup() {
     for (auto& each : *plane) each.release();
   }
   new std::tuple(fabric_, requests_arena_, responses_arena_, tables_arena_);
-  // Requests and responses that are being put are read from these.
+  // Requests and responses that are being put are read from these; what is got lands here.
   new std::vector<PeerState>(std::move(peers_));
   server_.release();
 }
@@ -141,12 +145,13 @@ void Lookup::connect(const std::vector<Peer>& peers, std::vector<int> pidfds, st
         state.staging.resize(config_.requests.windows);
         for (auto& each : state.staging) each.resize(config_.requests.window_bytes);
       }
-      if (!config_.read || !config_.allow_direct || peer.tables.rkey.empty()) continue;
+      if (!config_.read || peer.tables.rkey.empty()) continue;
       state.tables_there = peer.tables.arena;
+      if (ucp_ep_rkey_unpack(asking_[q]->endpoint(), peer.tables.rkey.data(), &state.tables) != UCS_OK) state.tables = nullptr;
+      if (!config_.allow_direct) continue;
       void* mapped = nullptr;
       // Only the token tells that this is the arena.
-      if (ucp_ep_rkey_unpack(asking_[q]->endpoint(), peer.tables.rkey.data(), &state.tables) == UCS_OK &&
-          ucp_rkey_ptr(state.tables, peer.tables.arena, &mapped) == UCS_OK &&
+      if (state.tables && ucp_rkey_ptr(state.tables, peer.tables.arena, &mapped) == UCS_OK &&
           std::memcmp(mapped, peer.tables.token.data(), std::min<std::size_t>(peer.tables.token.size(), kLine)) == 0) {
         state.mapped = static_cast<std::byte*>(mapped);
       } else {
@@ -183,6 +188,7 @@ void Lookup::connect(const std::vector<Peer>& peers, std::vector<int> pidfds, st
       }
     }
   });
+  open_getters(peers, deadline_ns);
   for (std::uint32_t place = 0; place < (config_.second_place ? TableSets::kPlaces : 1); ++place) {
     for (Table& table : tables_.at(place)) {
       if (table.owner != config_.rank && peers_[table.owner].mapped) {
@@ -193,6 +199,65 @@ void Lookup::connect(const std::vector<Peer>& peers, std::vector<int> pidfds, st
   }
   server_->connect(answering_);
   if (!config_.serve_inline) server_->start();
+}
+
+// Where tables can neither be mapped nor read, but got without their owner: try it on its token.
+void Lookup::open_getters(const std::vector<Peer>& peers, std::uint64_t deadline_ns) {
+  struct Trial {
+    Getter::Batch batch;
+    std::array<std::byte, kLine> token{};
+  };
+  // Shared with the condition below, which may be evaluated after the deadline.
+  const auto trials = std::make_shared<std::map<std::uint32_t, Trial>>();
+  fabric_->call([&] {
+    for (const Peer& peer : peers) {
+      const std::uint32_t q = peer.requests.rank;
+      PeerState& state = peers_[q];
+      // Where this process has been forbidden to read the other's memory, cma has been, too.
+      const bool forbidden = config_.allow_direct && peer.tables.pid != 0;
+      if (!state.owns || !state.tables || state.mapped || state.reader || !asking_[q]->gets(!forbidden)) continue;
+      state.getter = std::make_unique<Getter>(asking_[q]->endpoint(), state.tables, [this, q](ucs_status_t status) {
+        broken(q, std::string("its connection is lost, reading its tables: ") + ucs_status_string(status));
+      });
+      fabric_->attach(state.getter.get());
+      Trial& trial = (*trials)[q];
+      trial.batch.pieces.push_back({trial.token.data(), kLine, state.tables_there});
+      state.getter->post(trial.batch);
+      remote_ = true;
+    }
+  });
+  if (trials->empty()) return;
+  const auto tried = [this, trials] {
+    for (const auto& [q, trial] : *trials) {
+      if (!trial.batch.done() && !peers_[q].failure->failed()) return false;
+    }
+    return true;
+  };
+  const bool in_time = fabric_->until(tried, deadline_ns);
+  std::string missing;
+  for (const auto& [q, trial] : *trials) {
+    if (!trial.batch.done()) missing += (missing.empty() ? "" : ", ") + std::to_string(q);
+  }
+  if (!missing.empty()) new std::shared_ptr(trials);  // gets may still land there
+  if (!in_time) throw std::runtime_error("the first get has not completed from ranks " + missing);
+  for (const Peer& peer : peers) {
+    const std::uint32_t q = peer.requests.rank;
+    const auto trial = trials->find(q);
+    if (trial == trials->end()) continue;
+    const std::size_t length = std::min<std::size_t>(peer.tables.token.size(), kLine);
+    if (trial->second.batch.done() && std::memcmp(trial->second.token.data(), peer.tables.token.data(), length) == 0) continue;
+    throw std::runtime_error("what is got from rank " + std::to_string(q) + " is not its tables" +
+                             (peers_[q].failure->failed() ? ": " + peers_[q].failure->text() : ""));
+  }
+}
+
+// Nothing is got any more; in a turn. What is in flight may still land.
+void Lookup::drop_getters() {
+  for (PeerState& peer : peers_) {
+    if (!peer.getter) continue;
+    peer.getter->abandon();
+    fabric_->detach(peer.getter.get());
+  }
 }
 
 Outcome Lookup::finish(std::uint64_t deadline_ns) {
@@ -264,9 +329,7 @@ bool Lookup::close(std::uint32_t code, std::uint32_t blamed, const std::string& 
     if (liveness_) liveness_->stop(*fabric_);
     fabric_->detach(request_bell_.get());
     fabric_->detach(response_bell_.get());
-    for (PeerState& peer : peers_) {
-      if (peer.tables) ucp_rkey_destroy(std::exchange(peer.tables, nullptr));
-    }
+    drop_getters();
     for (auto* plane : {&asking_, &answering_}) {
       for (const auto& each : *plane) {
         if (each) each->disconnect();
@@ -278,6 +341,11 @@ bool Lookup::close(std::uint32_t code, std::uint32_t blamed, const std::string& 
     bool all = true;
     for (auto* plane : {&asking_, &answering_}) {
       for (const auto& each : *plane) all &= !each || each->disconnected();
+    }
+    for (PeerState& peer : peers_) {  // gets refer to the key until they have completed
+      const bool idle = !peer.getter || peer.getter->idle();
+      if (idle && peer.tables) ucp_rkey_destroy(std::exchange(peer.tables, nullptr));
+      all &= idle;
     }
     return all;
   };

@@ -7,7 +7,8 @@
 // waits for a rank whose rows it does not need, and a failed owner fails the asks that need it, and no others.
 //
 // An owner is asked for pooled bags, or (Config::fetch) for rows as they are stored, which are pooled here: then rows that
-// occur twice are asked for once, and rows that are kept here (rows.h) not at all.
+// occur twice are asked for once, and rows that are kept here (rows.h) not at all. Rows that UCX can get (getter.h) are
+// wanted of their owner just so, but it is not asked for them.
 //
 // An ask is answered wholly from one version of the tables (versions.h).
 //
@@ -27,6 +28,7 @@
 #include "doorbell.h"
 #include "fabric.h"
 #include "failure.h"
+#include "getter.h"
 #include "inbox.h"
 #include "liveness.h"
 #include "query.h"
@@ -74,7 +76,7 @@ class Lookup {
     bool checksums = false;
     std::uint64_t version = 0;   // of the tables at the start
     bool second_place = false;   // arenas of tables have room for another version
-    bool read = false;           // get: read the rows of owners whose tables are mapped, and ask only the others
+    bool read = false;           // get: read the rows of owners where that is possible, and ask only the others
     bool fetch = false;          // ask for rows and pool them here
     bool dedupe = true;          // of these each once
     std::uint64_t cache_bytes = 0;
@@ -136,7 +138,8 @@ class Lookup {
   const ServeStats& served(std::uint32_t client) const { return server_->stats(client); }
   bool direct(std::uint32_t peer) const { return peers_[peer].asking && peers_[peer].asking->direct(); }
   bool mapped(std::uint32_t owner) const { return peers_[owner].mapped; }
-  bool readable(std::uint32_t owner) const { return peers_[owner].mapped || peers_[owner].reader; }
+  bool gets(std::uint32_t owner) const { return peers_[owner].getter != nullptr; }
+  bool readable(std::uint32_t owner) const { return peers_[owner].mapped || peers_[owner].reader || gets(owner); }
   std::string transport(std::uint32_t peer) const;
   std::uint64_t silence_ns(std::uint32_t peer) const { return liveness_ ? liveness_->silence_ns(peer) : 0; }
   std::uint64_t next() const { return next_; }
@@ -172,11 +175,14 @@ class Lookup {
     Cursor cursor;
     std::uint64_t in_flight = 0;
     bool failed = false;
-    bool rows = false;  // it wants rows, for the first `used` gathers
-    std::size_t used = 0;
+    bool rows = false;  // it asks for rows
+    std::size_t used = 0;  // gathers
     std::vector<Gather> gathers;
     std::vector<Fetch> fetches;
+    std::vector<const Part*> getting;        // parts whose rows are got, into gathers, too
+    std::unique_ptr<Getter::Batch> batch;    // these rows
     bool written() const { return failed || cursor.part == (rows ? fetches.size() : parts.size()); }
+    bool got() const { return getting.empty() || batch->done(); }
   };
   struct Slot {  // of a request that has been sent
     Job* job = nullptr;
@@ -189,6 +195,8 @@ class Lookup {
     ucp_rkey_h tables = nullptr;
     std::byte* mapped = nullptr;     // its tables
     Reader reader;                   // else: whether they can be read in its process's memory
+    std::unique_ptr<Getter> getter;  // else: whether UCX gets them
+    std::vector<std::vector<Gather>> unclaimed;  // of jobs that were given up: gets may still land in them
     std::uint64_t tables_there = 0;  // their arena, its own address
     std::vector<Job> jobs;           // job j at j % (lag + 1)
     std::uint64_t oldest = 0;        // incomplete job
@@ -208,11 +216,16 @@ class Lookup {
   Outcome fail(Outcome outcome, std::uint32_t rank, std::string text = "");
   Outcome result(Ask& ask);
   bool reads(const Table& table) const;
+  bool gets(const Table& table) const;
   Outcome open_ask(std::uint64_t deadline_ns, Ask*& ask);
   Job& job_for(PeerState& peer, Ask& ask);
   void collect(const Part& part, Gather& gather);
   void gather(const Part& part, Job& job);
   void read_apart(const Part& part, Ask& ask);
+  void get_apart(const Part& part, Job& job);
+  void open_getters(const std::vector<Peer>& peers, std::uint64_t deadline_ns);
+  void drop_getters();
+  Gather* gather_for(const Part& part, Job& job);
   void lose_read(std::uint32_t owner, const Part& part, Ask& ask, const std::string& text);
   std::string overwritten() const;
   void pool_gathered(const Gather& gather);
@@ -220,7 +233,7 @@ class Lookup {
   void pump(std::uint32_t owner);
   void consume(std::uint32_t owner, PeerState& peer);
   void write(std::uint32_t owner, PeerState& peer);
-  void retire(PeerState& peer);
+  void retire(std::uint32_t owner, PeerState& peer);
   void give_up(std::uint32_t owner, const Part& part, Ask& ask);
   void lose(std::uint32_t owner, Outcome outcome, const std::string& text);
   void find_failures();

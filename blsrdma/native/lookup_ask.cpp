@@ -11,6 +11,8 @@ bool Lookup::reads(const Table& table) const {
   return (table.data || peers_[table.owner].reader) && !peers_[table.owner].failure->failed();
 }
 
+bool Lookup::gets(const Table& table) const { return gets(table.owner) && !peers_[table.owner].failure->failed(); }
+
 // Wait until another ask may be open, and open it.
 Outcome Lookup::open_ask(std::uint64_t deadline_ns, Ask*& ask) {
   adopt();
@@ -49,6 +51,7 @@ Lookup::Job& Lookup::job_for(PeerState& peer, Ask& ask) {
     job.ask = &ask;
     job.parts.clear();
     job.fetches.clear();
+    job.getting.clear();
     job.cursor = {};
     job.in_flight = 0;
     job.used = 0;
@@ -77,13 +80,17 @@ Outcome Lookup::ask(const std::vector<Part>& parts, std::uint64_t deadline_ns, s
     stats.bags += part.bags;
     stats.rows += static_cast<std::uint64_t>(part.offsets[part.bags] - part.offsets[0]);
     if (part.bags == 0) continue;
-    if (reads(table) && (table.owner == config_.rank || !costs_[part.table].ask(part))) {
-      stats.read += table.owner == config_.rank ? 0 : part.bags;
+    const bool far = gets(table);
+    const bool read = (far || reads(table)) && (table.owner == config_.rank || !costs_[part.table].ask(part));
+    if (read) stats.read += table.owner == config_.rank ? 0 : part.bags;
+    if (read && !far) {
       ask.here.push_back(&part);
       continue;
     }
     Job& job = job_for(peers_[table.owner], ask);
-    if (config_.fetch) {
+    if (read) {
+      get_apart(part, job);
+    } else if (config_.fetch) {
       gather(part, job);
     } else {
       job.parts.push_back(&part);
@@ -93,9 +100,10 @@ Outcome Lookup::ask(const std::vector<Part>& parts, std::uint64_t deadline_ns, s
     const auto q = static_cast<std::uint32_t>((config_.rank + step) % peers_.size());
     PeerState& peer = peers_[q];
     Job& job = peer.jobs[peer.end % peer.jobs.size()];
-    if (job.number != number || (job.rows && job.fetches.empty())) continue;
+    if (job.number != number || (job.parts.empty() && job.getting.empty())) continue;
     ++ask.left;
     ++peer.end;
+    if (!job.getting.empty()) fabric_->call([&] { peer.getter->post(*job.batch); });
     pump(q);
   }
   // One's own rows, while the others look theirs up.

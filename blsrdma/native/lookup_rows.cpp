@@ -1,4 +1,4 @@
-// Lookup: rows that are pooled here, out of the cache, out of responses, or out of another process's memory.
+// Lookup: rows that are pooled here, out of the cache, out of responses, or out of their owner's memory.
 #include <cerrno>
 #include <cstring>
 #include <string>
@@ -58,15 +58,49 @@ void Lookup::collect(const Part& part, Gather& it) {
   }
 }
 
-// Ask for the rows of a part that are not here. If all are here, it is pooled at once.
-void Lookup::gather(const Part& part, Job& job) {
+// The rows of a part, some of which are not here. If all are, it is pooled at once: nullptr.
+Lookup::Gather* Lookup::gather_for(const Part& part, Job& job) {
   if (job.used == job.gathers.size()) job.gathers.emplace_back();
   Gather& it = job.gathers[job.used];
   collect(part, it);
-  if (it.missing.empty()) return pool_gathered(it);
+  if (it.missing.empty()) {
+    pool_gathered(it);
+    return nullptr;
+  }
   ++job.used;
+  return &it;
+}
+
+// Ask for the rows of a part that are not here.
+void Lookup::gather(const Part& part, Job& job) {
+  const Gather* it = gather_for(part, job);
+  if (!it) return;
   job.parts.push_back(&part);
-  job.fetches.push_back({part.table, it.missing.data(), it.missing.size(), it.buffer.get()});
+  job.fetches.push_back({part.table, it->missing.data(), it->missing.size(), it->buffer.get()});
+}
+
+// Get the rows of a part that are not here, neighbours in one piece. After all of them the word that says whether they were
+// of this version is got: an owner clears it before it writes, so that once, after, is enough.
+void Lookup::get_apart(const Part& part, Job& job) {
+  const Gather* it = gather_for(part, job);
+  if (!it) return;
+  const Table& table = tables()[part.table];
+  const std::uint64_t there = peers_[table.owner].tables_there;
+  if (!job.batch) job.batch = std::make_unique<Getter::Batch>();
+  Getter::Batch& batch = *job.batch;
+  if (job.getting.empty()) {
+    batch.pieces.clear();
+    batch.word_at = config_.second_place ? there + VersionWord::kOffset + sizeof batch.word * place_ : 0;
+  }
+  job.getting.push_back(&part);
+  for (std::size_t k = 0; k < it->missing.size(); ++k) {
+    if (k && it->missing[k] == it->missing[k - 1] + 1) {
+      batch.pieces.back().bytes += table.row_bytes;
+      continue;
+    }
+    batch.pieces.push_back({it->buffer.get() + k * table.row_bytes, table.row_bytes,
+                            there + table.offset + it->missing[k] * table.row_bytes});
+  }
 }
 
 // Read the rows of a part in the memory of its owner's process, which is not mapped here, neighbours in one piece.
@@ -139,7 +173,7 @@ Outcome Lookup::keep(std::uint32_t number, const std::int64_t* rows, std::uint64
     }
     if (!kept_[number].pinned(static_cast<std::uint64_t>(rows[i]))) missing.push_back(static_cast<std::uint64_t>(rows[i]));
   }
-  if (!config_.fetch || reads(table) || missing.empty()) return Outcome::ok;
+  if (!config_.fetch || reads(table) || gets(table) || missing.empty()) return Outcome::ok;
   Ask* ask = nullptr;
   Outcome outcome = open_ask(deadline_ns, ask);
   if (outcome != Outcome::ok) return outcome;

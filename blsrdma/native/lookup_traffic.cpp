@@ -48,13 +48,17 @@ void Lookup::lose(std::uint32_t owner, Outcome outcome, const std::string& text)
     Job& job = peer.jobs[peer.oldest % peer.jobs.size()];
     --job.ask->left;
     for (const Part* part : job.parts) give_up(owner, *part, *job.ask);
-    if (job.parts.empty() && job.ask->outcome == Outcome::ok) {  // rows to be kept
+    for (const Part* part : job.getting) give_up(owner, *part, *job.ask);
+    if (job.parts.empty() && job.getting.empty() && job.ask->outcome == Outcome::ok) {  // rows to be kept
       job.ask->outcome = peer.failure->outcome();
       job.ask->details = {owner, job.number, 0, 0, peer.failure->text()};
     }
   }
   peer.writing = peer.end;
   peer.received = peer.sent;  // responses that still come are not looked at
+  if (!peer.getter) return;
+  peer.getter->abandon();
+  for (Job& job : peer.jobs) peer.unclaimed.push_back(std::exchange(job.gathers, {}));
 }
 
 void Lookup::find_failures() {
@@ -150,14 +154,18 @@ void Lookup::consume(std::uint32_t owner, PeerState& peer) {
   stats_[owner].response_bytes += header.length;
   ++peer.received;
   --job.in_flight;
-  retire(peer);
+  retire(owner, peer);
 }
 
-void Lookup::retire(PeerState& peer) {
+void Lookup::retire(std::uint32_t owner, PeerState& peer) {
   while (peer.oldest < peer.end) {
     Job& job = peer.jobs[peer.oldest % peer.jobs.size()];
-    if (job.in_flight || !job.written()) return;
-    for (std::size_t g = 0; job.rows && !job.failed && g < job.used; ++g) {
+    if (job.in_flight || !job.written() || !job.got()) return;
+    if (!job.getting.empty() && liveness_->dead(owner)) return lose(owner, Outcome::peer_died, "its process has ended");
+    if (!job.getting.empty() && job.batch->word_at && job.batch->word != job.ask->version) {
+      return lose(owner, Outcome::peer_died, overwritten());
+    }
+    for (std::size_t g = 0; !job.failed && g < job.used; ++g) {
       const Gather& gather = job.gathers[g];
       pool_gathered(gather);
       const Table& table = tables()[gather.part->table];
@@ -181,6 +189,7 @@ void Lookup::pump(std::uint32_t owner) {
                                              std::to_string(peer.sent) + " requests");
   }
   while (!peer.lost && peer.received < seen) consume(owner, peer);
+  if (!peer.lost && peer.getter) retire(owner, peer);
   if (!peer.lost) write(owner, peer);
 }
 
@@ -201,7 +210,7 @@ Outcome Lookup::until(const std::function<bool()>& done, std::uint64_t deadline_
   for (std::uint32_t q = 0; q < peers_.size(); ++q) {
     if (peers_[q].oldest == peers_[q].end) continue;
     behind.push_back(q);
-    woken &= peers_[q].answering->direct();
+    woken &= peers_[q].answering->direct() && !peers_[q].getter;
   }
   const auto charge = [&] {
     const std::uint64_t waited = now_ns() - start;

@@ -328,6 +328,7 @@ void bind_lookup(nb::module_& m) {
            "client"_a)
       .def("direct", &Lookup::direct, "peer"_a)
       .def("mapped", &Lookup::mapped, "owner"_a)
+      .def("gets", nb::overload_cast<std::uint32_t>(&Lookup::gets, nb::const_), "owner"_a)
       .def("readable", &Lookup::readable, "owner"_a)
       .def("transport", &Lookup::transport, "peer"_a, nb::call_guard<nb::gil_scoped_release>())
       .def("silence_ns", &Lookup::silence_ns, "peer"_a)

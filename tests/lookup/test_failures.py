@@ -79,7 +79,7 @@ def survive_a_kill(rank: int, world: int, store: Any, settings: dict[str, Any]) 
 
 @pytest.mark.parametrize(
     ("transport", "settings"),
-    [("default", {}), ("default", {"mode": "get"}), ("cma-puts", {}), ("tcp", {})],
+    [("default", {}), ("default", {"mode": "get"}), ("cma-puts", {}), ("cma-puts", {"mode": "get"}), ("tcp", {})],
     ids=str,
 )
 def test_an_owner_is_killed(transport: str, settings: dict[str, Any], no_leftovers: None) -> None:
@@ -153,9 +153,12 @@ def stopped_owner(rank: int, world: int, store: Any, mode: str) -> Any:
     return said
 
 
-@pytest.mark.parametrize(("mode", "transport"), [("put", "default"), ("get", "default"), ("get", "tcp")])
+@pytest.mark.parametrize(
+    ("mode", "transport"), [("put", "default"), ("get", "default"), ("get", "tcp"), ("get", "cma-puts")]
+)
 def test_an_owner_is_stopped(mode: str, transport: str) -> None:
-    """Over TCP memory is not mapped, but another process's can be read all the same (cma)."""
+    """Over TCP memory is not mapped, but another process's can be read all the same (cma); without direct access UCX
+    gets it."""
     said = run_ranks(stopped_owner, 3, mode, env=TRANSPORTS[transport])[0].value
     assert mode == "get" or "not answered by: rank 1 (stopped)" in said
 

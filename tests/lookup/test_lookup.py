@@ -14,6 +14,7 @@ from blsrdma.errors import (
     ExchangeClosed,
     MemoryLimitExceeded,
     PeerTimeout,
+    ReadsUnavailable,
     RendezvousError,
     SettingsError,
     SettingsMismatch,
@@ -81,6 +82,9 @@ SETTINGS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "inline, tcp": ({"lag": 0, "serve": "inline"}, TRANSPORTS["tcp"]),
     "get": ({"lag": 2, "mode": "get"}, {}),
     "get, cma": ({"lag": 1, "mode": "get", "fetch": "rows", "cache_bytes": 20000}, TRANSPORTS["tcp"]),
+    "get, ucp_get": ({"lag": 2, "mode": "get"}, TRANSPORTS["cma-puts"]),
+    "get, ucp_get, cache": ({"lag": 0, "mode": "get", "fetch": "rows", "cache_bytes": 20000}, TRANSPORTS["cma-puts"]),
+    "auto, ucp_get": ({"lag": 1, "mode": "auto"}, TRANSPORTS["cma-puts"]),
     "rows": ({"lag": 2, "fetch": "rows", "cache_bytes": 20000}, {}),
     "rows, cut, tcp": ({"lag": 1, "fetch": "rows", "request_bytes": 128, "response_bytes": 1024}, TRANSPORTS["tcp"]),
     "rows, each time": ({"lag": 0, "fetch": "rows", "dedupe": False, "pooling": "mean"}, {}),
@@ -95,10 +99,11 @@ def test_torchs_bits_in_every_mode(name: str, no_leftovers: None) -> None:
     results = run_ranks(exact, 3, 5, settings, 25, env=env)
     assert all(result.value["checked"] > 50 for result in results)
     peers = results[0].value["stats"]["peers"]
-    wanted = "read" if "get" in name or name == "auto" else "put" if "tcp" in name or "puts" in name else "direct"
+    wanted = "read" if "get" in name or "auto" in name else "put" if "tcp" in name or "puts" in name else "direct"
     assert [peer["path"] for peer in peers] == ["self", wanted, wanted]
     if wanted == "read":
-        assert peers[1]["transport"] == ("cma" if "cma" in name else "mapped")
+        by = "ucp_get (posix/memory,cma/memory)" if "ucp_get" in name else "cma" if "cma" in name else "mapped"
+        assert peers[1]["transport"] == by
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -184,6 +189,20 @@ def test_a_choice_in_words() -> None:
     said = [str(Choice(0, (), *costs)) for costs in ((1, 1, 2, 2), (2, 2, 1, 1), (0, 3, 20, 1), (20, 1, 0, 3))]
     assert said == ["read", "ask", "ask for bags of more than 10 rows, read others",
                     "ask for bags of less than 10 rows, read others"]  # fmt: skip
+
+
+def cannot_get(rank: int, world: int, store: Any) -> str:
+    with pytest.raises(ReadsUnavailable) as caught:
+        Lookup({rank: torch.zeros(2, 4)}, store, rank, world, mode="get", timeout=20)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(("transport", "lane"), [("tcp-puts", "tcp/"), ("posix-puts", "posix/")])
+def test_gets_that_ucx_would_emulate_are_refused(transport: str, lane: str) -> None:
+    for result in run_ranks(cannot_get, 2, env=TRANSPORTS[transport]):
+        words = f"can neither map nor read the tables of rank {1 - result.rank}, nor get them over {lane}"
+        assert words in result.value
+        assert result.value.endswith("use mode put, or auto")
 
 
 def huge_bag(rank: int, world: int, store: Any) -> int:

@@ -90,6 +90,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "put": ({"lag": 3}, {}),
     "get": ({"lag": 2, "mode": "get"}, {}),
     "get, cma": ({"lag": 1, "mode": "get", "fetch": "rows", "cache_bytes": 5000}, TRANSPORTS["tcp"]),
+    "get, ucp_get": ({"lag": 2, "mode": "get"}, TRANSPORTS["cma-puts"]),
     "rows, cached and kept": ({"lag": 3, "fetch": "rows", "cache_bytes": 20000}, {}),
     "cut, tcp": ({"lag": 1, "request_bytes": 400, "response_bytes": 1100}, TRANSPORTS["tcp"]),
     "inline": ({"lag": 0, "serve": "inline"}, {}),
@@ -258,7 +259,7 @@ def overwritten(rank: int, world: int, store: Any) -> str:
     return said
 
 
-@pytest.mark.parametrize("transport", ["default", "tcp"])
+@pytest.mark.parametrize("transport", ["default", "tcp", "cma-puts"])
 def test_rows_that_may_have_changed_are_not_used(transport: str) -> None:
     said = run_ranks(overwritten, 2, env=TRANSPORTS[transport])[0].value
     assert "it has put other tables where version 0 was read" in said
