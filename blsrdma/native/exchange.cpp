@@ -73,9 +73,10 @@ void Exchange::connect(const std::vector<PeerAddress>& peers, std::vector<int> p
     liveness_->start(*fabric_);
     fabric_->attach(doorbell_.get());
   });
-  std::string missing;
-  const auto settled = [&] {
-    missing.clear();
+  // Shared: where the deadline passes first, `settled` may still be run once this call has ended.
+  const auto missing = std::make_shared<Remark>();
+  const auto settled = [this, missing] {
+    std::string cold;
     if (failure_.failed()) {
       throw std::runtime_error("rank " + std::to_string(failure_.rank()) + " cannot be connected: " + failure_.text());
     }
@@ -84,12 +85,13 @@ void Exchange::connect(const std::vector<PeerAddress>& peers, std::vector<int> p
       if (each->broken() != UCS_OK) {
         throw UcxError("cannot connect to rank " + std::to_string(each->peer()), each->broken());
       }
-      if (!each->warm()) missing += (missing.empty() ? "" : ", ") + std::to_string(each->peer());
+      if (!each->warm()) cold += (cold.empty() ? "" : ", ") + std::to_string(each->peer());
     }
-    return missing.empty();
+    missing->set(cold);
+    return cold.empty();
   };
   if (!fabric_->until(settled, deadline_ns)) {
-    throw std::runtime_error("the first put has not completed to ranks " + missing);
+    throw std::runtime_error("the first put has not completed to ranks " + missing->get());
   }
   fabric_->call([&] {
     for (const auto& each : channels_) {

@@ -18,7 +18,9 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "ucx.h"
@@ -34,6 +36,23 @@ class Driven {
   virtual bool waiting() const { return false; }  // work is queued or in flight
   virtual void stirred() {}                       // UCX has moved something: perhaps into this process's memory
   virtual void tick(std::uint64_t /*now_ns*/) {}  // about once a second
+};
+
+// A text that is written in turns, and read by a caller whose patience has ended before the turn has.
+class Remark {
+ public:
+  void set(std::string text) {
+    const std::lock_guard lock(mutex_);
+    text_ = std::move(text);
+  }
+  std::string get() const {
+    const std::lock_guard lock(mutex_);
+    return text_;
+  }
+
+ private:
+  mutable std::mutex mutex_;
+  std::string text_;
 };
 
 class Fabric {

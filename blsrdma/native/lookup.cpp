@@ -162,22 +162,24 @@ void Lookup::connect(const std::vector<Peer>& peers, std::vector<int> pidfds, st
     fabric_->attach(request_bell_.get());
     fabric_->attach(response_bell_.get());
   });
-  std::string missing;
-  const auto settled = [&] {
-    missing.clear();
+  // Shared: where the deadline passes first, `settled` may still be run once this call has ended.
+  const auto missing = std::make_shared<Remark>();
+  const auto settled = [this, missing] {
+    std::string cold;
     for (const auto* plane : {&asking_, &answering_}) {
       for (const auto& each : *plane) {
         if (!each) continue;
         if (each->broken() != UCS_OK) {
           throw UcxError("cannot connect to rank " + std::to_string(each->peer()), each->broken());
         }
-        if (!each->warm()) missing += (missing.empty() ? "" : ", ") + std::to_string(each->peer());
+        if (!each->warm()) cold += (cold.empty() ? "" : ", ") + std::to_string(each->peer());
       }
     }
-    return missing.empty();
+    missing->set(cold);
+    return cold.empty();
   };
   if (!fabric_->until(settled, deadline_ns)) {
-    throw std::runtime_error("the first put has not completed to ranks " + missing);
+    throw std::runtime_error("the first put has not completed to ranks " + missing->get());
   }
   fabric_->call([&] {
     for (const auto* plane : {&asking_, &answering_}) {
