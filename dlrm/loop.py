@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dlrm.tables import lengths
-from dlrm.timeline import Stopwatch, Timeline, clock
+from dlrm.timeline import Stopwatch, Timeline, clock, sleep_for
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterable, Iterator
@@ -150,7 +150,7 @@ class Loop(ABC, Generic[Way, Read]):
                 self._begin()
                 timeline.begin.append(clock())
                 timeline.arrived.append(arrived or timeline.begin[-1])
-                self._stall(number)
+                timeline.slept.append(sleep_for(self._delay.seconds(self._rank, number, self._placement.ranks)))
                 pending.append(self._start(batch))
                 while pending and self._ready():
                     yield self._complete()
@@ -182,13 +182,6 @@ class Loop(ABC, Generic[Way, Read]):
                 with self.timeline.phase("wait"):
                     time.sleep(NAP_SECONDS)
         return arrived
-
-    def _stall(self, number: int) -> None:
-        planned = self._delay.seconds(self._rank, number, self._placement.ranks)
-        started = clock()
-        if planned > 0:
-            time.sleep(planned)
-        self.timeline.slept.append(clock() - started if planned > 0 else 0)
 
     def _ready(self) -> bool:
         with self.timeline.phase("wait"):

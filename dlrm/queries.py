@@ -24,7 +24,7 @@ from blsrdma.errors import PeerTimeout
 from dlrm import bags
 from dlrm.data.batch import Batch
 from dlrm.loop import NAP_SECONDS, Finish, Predictions
-from dlrm.timeline import Timeline, clock
+from dlrm.timeline import Timeline, clock, sleep_for
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -242,10 +242,7 @@ class QueryEngine:
             timeline.arrived.append(self._arrived or timeline.begin[-1])
             tables = range(self._placement.num_tables)
             bags.check(own.batch, self._route.tables.table_rows, tables)
-            planned = self._delay.seconds(self._rank, self._number, self._placement.ranks)
-            if planned > 0:
-                time.sleep(planned)
-            timeline.slept.append(int(planned * 1e9))
+            timeline.slept.append(sleep_for(self._delay.seconds(self._rank, self._number, self._placement.ranks)))
             self._number += 1
         ended = own is None and self._next is None
         with timeline.phase("post"):

@@ -39,6 +39,15 @@ class Span:
         self.nanoseconds += clock() - self._began
 
 
+def sleep_for(seconds: float) -> int:
+    """Sleep for an injected delay, if there is one; nanoseconds as really slept, which is longer than asked for."""
+    if seconds <= 0:
+        return 0
+    began = clock()
+    time.sleep(seconds)
+    return clock() - began
+
+
 @dataclass
 class Timeline:
     """One rank's run in nanoseconds; the lists have an entry per iteration, the first three are points in time.

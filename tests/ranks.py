@@ -77,6 +77,15 @@ class Result:
         return "\n".join(lines)
 
 
+@dataclass(frozen=True)
+class Program:
+    """How one of run_programs ended."""
+
+    status: int
+    out: str
+    err: str
+
+
 def run_ranks(
     target: Callable[..., Any],
     ranks: int,
@@ -138,6 +147,27 @@ def run_ranks(
 def store_server(port: int = 0) -> TCPStore:
     """A store on this machine that outlives the ranks; `.port` is where (0: any free one)."""
     return TCPStore(HOST, port, is_master=True, wait_for_workers=False)
+
+
+def run_programs(code: str, ranks: int, environment: Mapping[str, str], timeout: float = 60) -> list[Program]:
+    """Run `code` on several ranks, in interpreters of their own and as torchrun starts them: for what happens when an
+    interpreter ends. None outlives this call."""
+    server = store_server()
+    torchrun = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.port),
+                "TORCHELASTIC_USE_AGENT_STORE": "True"}  # fmt: skip
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", code], env={**os.environ, **torchrun, **environment, "RANK": str(rank)},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(ranks)
+    ]  # fmt: skip
+    try:
+        said = [program.communicate(timeout=timeout) for program in running]
+    finally:
+        for program in running:
+            program.kill()
+    return [Program(program.returncode, *each) for program, each in zip(running, said, strict=True)]
 
 
 @contextlib.contextmanager

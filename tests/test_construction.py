@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -16,7 +14,7 @@ from blsrdma.errors import MemoryLimitExceeded, RendezvousError, SettingsError, 
 from blsrdma.fabric import ucx_settings
 from blsrdma.settings import format_size
 from tests.patterns import TRANSPORTS
-from tests.ranks import run_ranks, store_server
+from tests.ranks import run_programs, run_ranks, store_server
 
 
 def _construct(rank, world, store, per_rank):
@@ -146,15 +144,7 @@ if exchange.rank == 1:
 @pytest.mark.parametrize("transport", ["default", "tcp"])
 def test_interpreter_exit_without_close(transport: str) -> None:
     """The rank that just ends says so to its peers, in its own process and in theirs; nobody crashes."""
-    server = store_server()
-    torchrun = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.port),
-                "TORCHELASTIC_USE_AGENT_STORE": "True"}  # fmt: skip
-    ranks = []
-    for rank in range(2):
-        environment = {**os.environ, **torchrun, **TRANSPORTS[transport], "RANK": str(rank)}
-        command = [sys.executable, "-c", NOT_CLOSED]
-        ranks.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
-    errors = [rank.communicate(timeout=60)[1] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 1], errors
-    assert errors[0] == "exchange 'exchange' was not closed before the interpreter ended\n"
-    assert "iteration 1: rank 0 failed: BlsrdmaError: the interpreter ended without close()" in errors[1]
+    ended = run_programs(NOT_CLOSED, 2, TRANSPORTS[transport])
+    assert [each.status for each in ended] == [0, 1], ended
+    assert ended[0].err == "exchange 'exchange' was not closed before the interpreter ended\n"
+    assert "iteration 1: rank 0 failed: BlsrdmaError: the interpreter ended without close()" in ended[1].err

@@ -75,14 +75,14 @@ def headline(parts: Mapping[str, Part]) -> str:
                 for some, kind in pairs
                 if some
             ]
-            found.append(f"an all-to-all under random delays at lag {m.case.lag} " + " and ".join(ratios))
+            found.append(f"an all-to-all under random delays ran, at lag {m.case.lag}, at " + " and ".join(ratios))
     if one := served(parts).get("balanced"):
         gains = [one.ratio(case, one.best(case, one.synchronous(case)), one.best(case, one.uncoupled(case))).value
                  for case in one.levels()]  # fmt: skip
         if gains:
             listed = ", ".join(times(gain) for gain in gains)
             found.append(f"a DLRM whose ranks are delayed by {', '.join(one.levels())} times an iteration now and then "
-                         f"{listed} times that of the best synchronous system")  # fmt: skip
+                         f"ran at {listed} times that of the best synchronous system")  # fmt: skip
     return f"In the run shown there: {'; '.join(found)}." if found else ""
 
 
@@ -171,8 +171,10 @@ def _skewed(one: Served) -> Iterator[str]:
     if 0 < cores < ranks:
         yield (f"Here {ranks} ranks share {cores} cores: the one that all wait for has a core to itself meanwhile, and "
                f"spreading its lookups (get) can gain no more than {cores} times.")  # fmt: skip
-    yield ("The workload is one picked to show this: lookups that outweigh the MLPs, nearly all at one rank. Of 16 tables of "
-           "dim 16 with the usual MLPs an earlier run gained 1.07 times.")
+    yield (
+        "The workload is one picked to show this: lookups that outweigh the MLPs, nearly all at one rank. Of 16 tables "
+        "of dim 16 with the usual MLPs an earlier run gained 1.07 times."
+    )
     if better := one.better(NONE):
         sync, best = one.best(NONE, one.synchronous(NONE)), one.best(NONE, better)
         yield f"Why not just shard better? One should: {best} is {says(one.ratio(NONE, sync, best))} times as fast."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import shutil
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,7 +83,7 @@ def _write(made: Report, document: Path, drawn: Path) -> None:
     """The blocks that a document has."""
     text = document.read_text()
     if "<!-- bench paper-headline -->" in text:
-        text = replaced(text, "paper-headline", made.headline)
+        text = replaced(text, "paper-headline", textwrap.fill(made.headline, 125, break_on_hyphens=False))
     if "<!-- bench paper -->" in text:
         pictures = document.parent / document.stem
         pictures.mkdir(exist_ok=True)

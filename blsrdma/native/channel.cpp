@@ -201,7 +201,7 @@ void Channel::tick(std::uint64_t) {
 }
 
 // The first put has been acknowledged: the lanes are what they will be.
-void Channel::settle() {
+void Channel::note_order() {
   const auto all = lanes();
   ordered_ = !mapped_ && all.size() == 1 && all[0].starts_with("tcp/");
 }

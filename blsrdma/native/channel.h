@@ -82,7 +82,7 @@ class Channel final : public Driven {
   // The first put: makes UCX connect now and not in iteration 0. `reads`: tell the peer that this rank reads its memory.
   void warm_up(bool reads = false);
   bool warm() const { return outstanding_ == 0; }
-  void settle();  // once it is warm
+  void note_order();  // once it is warm
   ucp_ep_h endpoint() const { return endpoint_; }
   void beat() { beating_ = true; }  // send heartbeats from now on
   void orphan() { on_broken_ = [](std::uint32_t, ucs_status_t) {}; }

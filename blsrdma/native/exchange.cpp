@@ -95,7 +95,7 @@ void Exchange::connect(const std::vector<PeerAddress>& peers, std::vector<int> p
   }
   fabric_->call([&] {
     for (const auto& each : channels_) {
-      if (each) each->settle();
+      if (each) each->note_order();
     }
   });
   remote_ = std::any_of(channels_.begin(), channels_.end(), [](const auto& each) { return each && !each->direct(); });

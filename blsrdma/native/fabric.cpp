@@ -80,7 +80,14 @@ bool Fabric::stop(std::uint64_t at_most_ns) {
     return true;
   }
   ring(wake_);
+  const std::uint64_t deadline_ns = deadline_after(at_most_ns);
   if (at_most_ns != kNever && end_.wait_for(std::chrono::nanoseconds(at_most_ns)) != std::future_status::ready) return false;
+  // Nor is a caller of another thread at it: the next one finds that the end has come.
+  while (!turn_.try_lock()) {
+    if (now_ns() >= deadline_ns) return false;
+    sched_yield();
+  }
+  turn_.unlock();
   thread_.join();
   return true;
 }
@@ -99,6 +106,7 @@ void Fabric::call(const std::function<void()>& work) {
     do {
       if (stopping_) throw std::runtime_error("the fabric is closed");
     } while (!turn.try_lock() && (sched_yield(), true));
+    if (stopping_) throw std::runtime_error("the fabric is closed");  // it may have ended since the last look
     run_commands();  // those that a bounded call has left behind come first
     work();
   }

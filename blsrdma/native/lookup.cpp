@@ -185,7 +185,7 @@ void Lookup::connect(const std::vector<Peer>& peers, std::vector<int> pidfds, st
     for (const auto* plane : {&asking_, &answering_}) {
       for (const auto& each : *plane) {
         if (!each) continue;
-        each->settle();
+        each->note_order();
         remote_ |= !each->direct();
       }
     }

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from typing import Any
@@ -19,7 +17,7 @@ from blsrdma.errors import LookupRefused, PeerFailed, PeerLeft, PeerTimeout, Win
 from blsrdma.lookup import Lookup
 from blsrdma.lookup_tables import Bags
 from tests.patterns import TRANSPORTS
-from tests.ranks import run_ranks, store_server
+from tests.ranks import run_programs, run_ranks
 
 NOTICED_S = 5.0  # a busy test machine
 
@@ -249,18 +247,10 @@ while rank == 1:
 @pytest.mark.slow
 @pytest.mark.parametrize("transport", ["default", "tcp"])
 def test_interpreter_exit_without_close(transport: str) -> None:
-    server = store_server()
-    torchrun = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.port),
-                "TORCHELASTIC_USE_AGENT_STORE": "True"}  # fmt: skip
-    ranks = []
-    for rank in range(2):
-        environment = {**os.environ, **torchrun, **TRANSPORTS[transport], "RANK": str(rank)}
-        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        ranks.append(subprocess.Popen([sys.executable, "-c", NOT_CLOSED], env=environment, **pipes))
-    said = [rank.communicate(timeout=60) for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], said
-    assert said[0][1] == "lookup 'lookup' was not closed before the interpreter ended\n"
-    assert "rank 0 failed: BlsrdmaError: the interpreter ended without close()" in said[1][0]
+    ended = run_programs(NOT_CLOSED, 2, TRANSPORTS[transport])
+    assert [each.status for each in ended] == [0, 0], ended
+    assert ended[0].err == "lookup 'lookup' was not closed before the interpreter ended\n"
+    assert "rank 0 failed: BlsrdmaError: the interpreter ended without close()" in ended[1].out
 
 
 # --- what peers write is not believed
