@@ -16,11 +16,23 @@ from blsrdma.errors import BlsrdmaError
 if TYPE_CHECKING:
     from blsrdma.backend import Options
     from blsrdma.exchange import Exchange
+    from blsrdma.gpu.exchange import GpuExchange
     from blsrdma.handle import Handle, Received
     from blsrdma.lookup import Lookup
     from blsrdma.lookup_tables import Bags, Rows
 
-__all__ = ["Bags", "BlsrdmaError", "Exchange", "Handle", "Lookup", "Options", "Received", "Rows", "__version__"]
+__all__ = [
+    "Bags",
+    "BlsrdmaError",
+    "Exchange",
+    "GpuExchange",
+    "Handle",
+    "Lookup",
+    "Options",
+    "Received",
+    "Rows",
+    "__version__",
+]
 
 try:
     __version__ = version("blsrdma")
@@ -31,6 +43,7 @@ except PackageNotFoundError:  # a source tree that has not been installed
 _ROOMS = {
     "Bags": "blsrdma.lookup_tables",
     "Exchange": "blsrdma.exchange",
+    "GpuExchange": "blsrdma.gpu.exchange",
     "Handle": "blsrdma.handle",
     "Lookup": "blsrdma.lookup",
     "Options": "blsrdma.backend",

@@ -73,8 +73,8 @@ def tag_name(tag: int) -> str:
     return f"{chr(tag & 0xFF)}{tag >> 8}"
 
 
-# A tag is the kind's letter and the element's size in bytes: the same for numpy's and torch's float32.
-def _tag(kind: str, itemsize: int) -> int:
+def type_tag(kind: str, itemsize: int) -> int:
+    """An element type: its kind's letter and its size in bytes, the same for numpy's and torch's float32."""
     return ord(kind) | itemsize << 8
 
 
@@ -98,7 +98,9 @@ def _from_numpy(send: NDArray[Any]) -> SendBuffer:
         return typed.reshape(_leading(len(data), item_bytes), *trailing) if trailing else typed
 
     address: int = send.__array_interface__["data"][0]
-    return SendBuffer(address, send.shape[0], item_bytes, _tag(dtype.kind, dtype.itemsize), view, send.flags.writeable)
+    return SendBuffer(
+        address, send.shape[0], item_bytes, type_tag(dtype.kind, dtype.itemsize), view, send.flags.writeable
+    )
 
 
 # torch dtypes by numpy's kinds, for the tag; those that numpy does not know get letters of their own.
@@ -108,9 +110,18 @@ _TORCH_KINDS = {"bool": "b", "uint": "u", "int": "i", "float": "f", "complex": "
 def _from_torch(send: torch.Tensor) -> SendBuffer:
     import torch
 
-    dtype = send.dtype
     if send.device.type != "cpu":
-        raise SendBufferError(f"send is on {send.device}: only CPU tensors can be posted")
+        hint = ": blsrdma.GpuExchange sends those" if send.device.type == "cuda" else ""
+        raise SendBufferError(f"send is on {send.device}: only CPU tensors can be posted here{hint}")
+    item_bytes, tag, retype = torch_layout(send)
+    return SendBuffer(send.data_ptr(), send.shape[0], item_bytes, tag, lambda data: retype(torch.from_numpy(data)))
+
+
+def torch_layout(send: torch.Tensor) -> tuple[int, int, Callable[[torch.Tensor], torch.Tensor]]:
+    """Bytes of an item, the tag, and what makes a tensor like `send` of a vector of bytes. Raises SendBufferError."""
+    import torch
+
+    dtype = send.dtype
     if send.layout is not torch.strided or send.is_quantized:
         raise SendBufferError(f"send has layout {send.layout} and dtype {dtype}: only dense tensors can be posted")
     if send.dim() == 0:
@@ -128,11 +139,11 @@ def _from_torch(send: torch.Tensor) -> SendBuffer:
     if "_" in name:  # float8_e4m3fn and its like: as many letters as there are formats
         kind = chr(0x80 + sum(name.encode()) % 0x80)
 
-    def view(data: Bytes) -> torch.Tensor:
-        tensor = torch.from_numpy(data).view(dtype)
+    def retype(data: torch.Tensor) -> torch.Tensor:
+        tensor = data.view(dtype)
         return tensor.view(_leading(len(data), item_bytes), *trailing) if trailing else tensor
 
-    return SendBuffer(send.data_ptr(), send.shape[0], item_bytes, _tag(kind, send.element_size()), view)
+    return item_bytes, type_tag(kind, send.element_size()), retype
 
 
 def _leading(total_bytes: int, item_bytes: int) -> int:

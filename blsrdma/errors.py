@@ -47,12 +47,43 @@ class UcxError(BlsrdmaError):
     """A call into UCX failed."""
 
 
+class GpuError(BlsrdmaError):
+    """CUDA's driver refused a call, or there is none. After most of its errors the device is of no more use.
+
+    Attributes: `result`, the driver's code; -1: there is no driver, or no such device.
+    """
+
+    def __init__(self, message: str, result: int = -1) -> None:
+        super().__init__(message)
+        self.result = result
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (str(self), self.result)
+
+
 class SendBufferError(BlsrdmaError, TypeError):
-    """`send` cannot be posted: not an array or tensor, not contiguous, not in CPU memory, or of an unusable type."""
+    """`send` cannot be posted: not an array or tensor, not contiguous, in memory that this exchange does not send from, or
+    of an unusable type."""
 
 
 class CountsError(BlsrdmaError, ValueError):
     """`counts` does not describe `send`."""
+
+
+class MessageTooLarge(CountsError):
+    """A message is larger than a window of GPU memory; nothing has been sent.
+
+    Attributes: `rank`, whom it is for; `bytes` of it, and `window_bytes`.
+    """
+
+    def __init__(self, message: str, rank: int, size: int, window_bytes: int) -> None:
+        super().__init__(message)
+        self.rank = rank
+        self.bytes = size
+        self.window_bytes = window_bytes
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (str(self), self.rank, self.bytes, self.window_bytes)
 
 
 class WindowHeld(BlsrdmaError):

@@ -91,9 +91,13 @@ class Exchange(native.Front):
         memory_limit: int | None = None,
         _windows: int | None = None,
         _guard_bytes: int = 0,
+        _device_bytes: int = 0,
     ) -> None:
         # _windows breaks the reuse rule and _guard_bytes puts untouched bytes around windows: for the tests of both.
+        # _device_bytes: the size of the windows of GPU memory that go with those here (blsrdma.gpu.exchange).
         self._closed = True  # until it is open
+        self._quiet = False  # closed, and no peer can write here or be written to any more
+        self._device_bytes = _device_bytes
         self._failure: BlsrdmaError | None = None
         if rank is None or world_size is None:
             rank, world_size = environment_ranks()
@@ -226,7 +230,8 @@ class Exchange(native.Front):
         limit = native.FAREWELL_TEXT_BYTES
         short = text.encode()[:limit].decode(errors="ignore")
         try:
-            if not self._core.close(code, blamed, short, timeout_ns(self.settings.close_timeout)):
+            self._quiet = self._core.close(code, blamed, short, timeout_ns(self.settings.close_timeout))
+            if not self._quiet:
                 log.info("exchange %r: not every peer has said farewell (%g s were allowed): its windows are kept "
                          "until the process ends", self.name, self.settings.close_timeout)  # fmt: skip
                 _quarantine.append((self._core, self._arena, self._fabric, self._held()))
@@ -300,7 +305,7 @@ class Exchange(native.Front):
         core = native.Exchange(
             self._fabric.native, self._arena, self._native_geometry(), self.rank, self.settings.lag, met.epoch,
             self.settings.copy_self, self.settings.direct, self.settings.checksum,
-            timeout_ns(self.settings.keepalive), spins, 1000,
+            timeout_ns(self.settings.keepalive), spins, 1000, self._device_bytes,
         )  # fmt: skip
         error: BaseException | None = None
         try:

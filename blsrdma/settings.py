@@ -11,6 +11,8 @@
 | copy_self     | BLSRDMA_COPY_SELF     | 0       | copy the message to oneself; 0: it is a view of `send` |
 | trace         | BLSRDMA_TRACE         | off     | folder for this rank's timeline, see blsrdma.trace |
 | checksum      | BLSRDMA_CHECKSUM      | 0       | verify the contents of every message |
+| gpu_path      | BLSRDMA_GPU_PATH      | auto    | of GpuExchange: ipc writes into the peers' GPU memory, staged goes   |
+|               |                       |         | through host memory, auto chooses for each peer                      |
 | memory_limit  | BLSRDMA_MEMORY_LIMIT  | *       | bytes per rank, of windows and of large messages received without |
 |               |                       |         | `out`; *: half of the machine's memory / ranks on it |
 
@@ -94,6 +96,13 @@ def _folder(value: Any) -> str | None:
     return str(os.fspath(value)) or None
 
 
+def _gpu_path(value: Any) -> str:
+    if value not in GPU_PATHS:
+        raise ValueError(f"must be one of {', '.join(GPU_PATHS)}")
+    return str(value)
+
+
+GPU_PATHS = ("auto", "ipc", "staged")
 MAX_LAG = 1 << 16  # beyond any use; keeps products of sizes far from 64 bits
 
 # name -> (from text, check of a value)
@@ -107,6 +116,7 @@ _KINDS: dict[str, tuple[Callable[[str], Any], Callable[[Any], Any]]] = {
     "copy_self": (parse_flag, _flag),
     "checksum": (parse_flag, _flag),
     "trace": (str, _folder),
+    "gpu_path": (str, _gpu_path),
     "memory_limit": (parse_size, _at_least(0)),
 }
 
@@ -124,6 +134,7 @@ class Settings:
     copy_self: bool = False
     checksum: bool = False
     trace: str | None = None
+    gpu_path: str = "auto"
     memory_limit: int | None = None
 
     @staticmethod

@@ -14,7 +14,7 @@ Exchange::Exchange(std::shared_ptr<Fabric> fabric, std::shared_ptr<Arena> arena,
     : fabric_(std::move(fabric)),
       arena_(std::move(arena)),
       config_(config),
-      inbox_(*arena_, config.geometry, config.rank, config.epoch),
+      inbox_(*arena_, config.geometry, config.rank, config.epoch, config.device_bytes),
       doorbell_(std::make_unique<Doorbell>(Sleeper(arena_->data()))),
       channels_(config.geometry.ranks),
       readers_(config.geometry.ranks),
@@ -29,6 +29,7 @@ Exchange::Exchange(std::shared_ptr<Fabric> fabric, std::shared_ptr<Arena> arena,
     records_.back()->lengths.resize(config.geometry.ranks);
     records_.back()->checksums.resize(config.geometry.ranks);
     records_.back()->placed.resize(config.geometry.ranks);
+    records_.back()->on_device.resize(config.geometry.ranks);
   }
 }
 
@@ -282,6 +283,7 @@ Outcome Exchange::check_headers(Record& mine) {
     mine.lengths[q] = header.length;
     mine.checksums[q] = header.checksum;
     mine.placed[q] = nullptr;
+    mine.on_device[q] = header.kind == Header::kDevice;
     if (header.kind == Header::kLarge) {
       ++mine.large;
       to_acknowledge_[q] = mine.iteration + 1;
@@ -439,6 +441,7 @@ const std::byte* Exchange::message(std::uint64_t iteration, std::uint32_t source
   const Record& mine = record(iteration);
   if (source == config_.rank) return mine.own;
   if (mine.placed[source]) return mine.placed[source];
+  if (mine.on_device[source]) return nullptr;
   return mine.lengths[source] > config_.geometry.window_bytes ? nullptr : inbox_.payload(iteration, source);
 }
 

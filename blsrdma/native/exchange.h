@@ -56,6 +56,7 @@ class Exchange {
     bool copy_self = false;
     bool allow_direct = true;
     bool checksums = false;
+    std::uint64_t device_bytes = 0;  // of the windows in device memory that go with those here; 0: there are none
     std::uint64_t keepalive_ns = kNever;
     WaitPolicy wait;
     std::function<bool()> interrupted;  // asked a few times a second during a wait: is it to end?
@@ -74,6 +75,7 @@ class Exchange {
 
   std::uint32_t rank() const { return config_.rank; }
   std::uint32_t ranks() const { return config_.geometry.ranks; }
+  const Geometry& geometry() const { return config_.geometry; }
   std::uint64_t window_bytes() const { return config_.geometry.window_bytes; }
   std::size_t records() const { return records_.size(); }  // iteration i uses record i % records()
   bool open() const { return !channels_.empty(); }
@@ -100,6 +102,18 @@ class Exchange {
   // sent and nothing changes unless the outcome is ok. Throws UcxError where a large message cannot be registered.
   Outcome post(const std::byte* data, std::uint64_t items, std::uint64_t item_bytes, const std::int64_t* counts,
                std::uint64_t tag, std::uint64_t deadline_ns);
+  // A post in two steps, for messages that a device writes later. announce() takes the next iteration: from here on its
+  // windows at the peers may be written. publish() says that they have been: of announced iterations, in their order, from any
+  // one thread; it cannot fail.
+  struct Parcel {
+    const std::byte* on_host = nullptr;  // the message, or its place() at the peer; none: it is in the peer's device window
+    std::uint64_t bytes = 0;
+  };
+  Outcome announce(const std::uint64_t* bytes, std::uint64_t tag, std::uint64_t deadline_ns);
+  void publish(std::uint64_t iteration, std::uint64_t tag, const std::vector<Parcel>& parcels);  // a parcel per rank
+  std::uint64_t published() const { return published_.load(std::memory_order_acquire); }
+  // Where a message for `peer` can be written before it is published; nullptr: it has to be put from elsewhere.
+  std::byte* place(std::uint32_t peer, std::uint64_t iteration) const { return channels_[peer]->place(iteration); }
   // Wait until the iteration is complete and its headers have been checked.
   Outcome wait(std::uint64_t iteration, std::uint64_t deadline_ns);
   // After Outcome::large: get the large messages into memory that stays valid until this has returned ok, or the exchange
@@ -111,7 +125,7 @@ class Exchange {
   void release(std::uint64_t iteration);
 
   // After wait(). Where rank `source`'s message is: in its window, in the posted buffer (one's own), where pull() put it,
-  // or nowhere (nullptr): large, and not yet pulled.
+  // or nowhere (nullptr): large, and not yet pulled, or in device memory.
   const std::byte* message(std::uint64_t iteration, std::uint32_t source) const;
   std::uint64_t length(std::uint64_t iteration, std::uint32_t source) const;
   // After wait(): copy the messages that are in windows, and one's own, to where they belong in a concatenation of all.
@@ -151,6 +165,7 @@ class Exchange {
     const std::byte* own = nullptr;
     std::vector<std::uint64_t> lengths;    // bytes, per source
     std::vector<std::uint64_t> checksums;  // per source, as its header says
+    std::vector<bool> on_device;           // per source
     std::vector<std::byte*> placed;        // per source: where a large message was, or is being, pulled to
     std::uint32_t large = 0;               // large messages that are neither pulled nor being pulled
     std::atomic<std::uint32_t> pulling{0};  // being pulled: by the progress thread, or in `reads`
@@ -169,6 +184,9 @@ class Exchange {
   Outcome find_failure(std::uint64_t iteration);
   Outcome find_foreign_write(std::uint64_t iteration);
   Outcome check_counts(std::uint64_t items, const std::int64_t* counts);
+  Outcome admit(std::uint64_t deadline_ns);
+  Record& take(std::uint64_t tag);
+  void wake_all();
   Outcome make_room(std::uint64_t deadline_ns);
   Outcome check_headers(Record& record);
   Outcome read_some(Record& record);
@@ -201,6 +219,7 @@ class Exchange {
   std::vector<std::uint64_t> to_acknowledge_;  // per source: iterations below this have large messages to acknowledge
   std::string rkey_;                         // of the buffer registered last
   std::uint64_t next_ = 0;
+  std::atomic<std::uint64_t> published_{0};  // iterations below this have been sent, or queued
   std::uint64_t settled_ = 0;  // iterations below this are settled
   std::vector<std::uint64_t> leads_{0};
   bool remote_ = false;  // some peer is reached by puts

@@ -73,6 +73,36 @@ Outcome Exchange::settle_released(Record& due, std::uint64_t deadline_ns) {
   return Outcome::ok;
 }
 
+// All of a post that can fail, before anything is sent: peers get all of an iteration's messages or none.
+Outcome Exchange::admit(std::uint64_t deadline_ns) {
+  const std::uint64_t bound = std::uint64_t{config_.lag} + 1;
+  if (next_ >= bound) {
+    Record& due = record(next_ - bound);
+    if (!due.released) return fail(Outcome::window_held, config_.rank, next_ - bound);
+    Outcome outcome = await(next_ - bound, deadline_ns);
+    if (outcome != Outcome::ok) return outcome;
+    if (!due.settled) outcome = settle_released(due, deadline_ns);
+    if (outcome != Outcome::ok) return outcome;
+  }
+  return make_room(deadline_ns);
+}
+
+Exchange::Record& Exchange::take(std::uint64_t tag) {
+  Record& mine = record(next_);
+  mine.iteration = next_++;
+  mine.released = mine.checked = mine.settled = false;
+  mine.tag = tag;
+  return mine;
+}
+
+void Exchange::wake_all() {
+  // Pairs with the fence of a sleeper: it sees the counters stored above, or we see that it sleeps.
+  std::atomic_thread_fence(std::memory_order_seq_cst);
+  for (const auto& each : channels_) {
+    if (each) each->wake();
+  }
+}
+
 Outcome Exchange::post(const std::byte* data, std::uint64_t items, std::uint64_t item_bytes, const std::int64_t* counts,
                        std::uint64_t tag, std::uint64_t deadline_ns) {
   const Turn turn(busy_);
@@ -80,42 +110,29 @@ Outcome Exchange::post(const std::byte* data, std::uint64_t items, std::uint64_t
   if (failure_.failed()) return failure(next_);
   const auto ranks = static_cast<std::uint32_t>(channels_.size());
   const std::uint32_t self = config_.rank;
-  const std::uint64_t bound = std::uint64_t{config_.lag} + 1;
-  // All that can fail is asked before anything is sent: peers get all of an iteration's messages or none.
   Outcome outcome = check_counts(items, counts);
-  if (outcome != Outcome::ok) return outcome;
-  if (next_ >= bound) {
-    Record& due = record(next_ - bound);
-    if (!due.released) return fail(Outcome::window_held, self, next_ - bound);
-    outcome = await(next_ - bound, deadline_ns);
-    if (outcome != Outcome::ok) return outcome;
-    if (!due.settled) outcome = settle_released(due, deadline_ns);
-    if (outcome != Outcome::ok) return outcome;
-  }
-  outcome = make_room(deadline_ns);
+  if (outcome == Outcome::ok) outcome = admit(deadline_ns);
   if (outcome != Outcome::ok) return outcome;
 
-  Record& mine = record(next_);
+  std::vector<std::uint32_t>& large_to = record(next_).large_to;
   const std::byte* at = data;
-  mine.large_to.clear();
+  large_to.clear();
   for (std::uint32_t q = 0; q < ranks; ++q) {
     starts_[q] = at;
     const std::uint64_t bytes = static_cast<std::uint64_t>(counts[q]) * item_bytes;
-    if (q != self && bytes > config_.geometry.window_bytes) mine.large_to.push_back(q);
+    if (q != self && bytes > config_.geometry.window_bytes) large_to.push_back(q);
     at += bytes;
   }
-  const bool keyed = std::any_of(mine.large_to.begin(), mine.large_to.end(), [&](auto q) { return !inbox_.reads(q); });
-  if (keyed) register_large(mine, data, static_cast<std::uint64_t>(at - data));
+  const bool keyed = std::any_of(large_to.begin(), large_to.end(), [&](auto q) { return !inbox_.reads(q); });
+  if (keyed) register_large(record(next_), data, static_cast<std::uint64_t>(at - data));
 
-  mine.iteration = next_;
-  mine.released = mine.checked = mine.settled = false;
-  mine.tag = tag;
+  Record& mine = take(tag);
   bool queued = false;
   // Everyone begins with its successor, so that no rank is everybody's first.
   for (std::uint32_t step = 1; step < ranks; ++step) {
     const std::uint32_t q = (self + step) % ranks;
     const std::uint64_t bytes = static_cast<std::uint64_t>(counts[q]) * item_bytes;
-    Header header{next_, bytes, tag, Header::kInline, config_.checksums ? checksum(starts_[q], bytes) : 0, 0};
+    Header header{mine.iteration, bytes, tag, Header::kInline, config_.checksums ? checksum(starts_[q], bytes) : 0, 0};
     if (bytes > config_.geometry.window_bytes) {
       header.kind = Header::kLarge;
       header.seal(config_.epoch);
@@ -135,20 +152,46 @@ Outcome Exchange::post(const std::byte* data, std::uint64_t items, std::uint64_t
   mine.own = starts_[self];
   mine.lengths[self] = static_cast<std::uint64_t>(counts[self]) * item_bytes;
   if (config_.copy_self && mine.lengths[self] <= config_.geometry.window_bytes) {
-    std::byte* copy = arena_->data() + config_.geometry.window(self, self, next_) + kHeaderBytes;
+    std::byte* copy = arena_->data() + config_.geometry.window(self, self, mine.iteration) + kHeaderBytes;
     if (mine.lengths[self]) std::memcpy(copy, mine.own, mine.lengths[self]);
     mine.own = copy;
   }
   ++stats_[self].messages;
   stats_[self].bytes += mine.lengths[self];
-  ++next_;
+  published_.store(next_, std::memory_order_release);
   if (queued) fabric_->start();
-  // Pairs with the fence of a sleeper: it sees the counters stored above, or we see that it sleeps.
-  std::atomic_thread_fence(std::memory_order_seq_cst);
-  for (const auto& each : channels_) {
-    if (each) each->wake();
+  wake_all();
+  return Outcome::ok;
+}
+
+Outcome Exchange::announce(const std::uint64_t* bytes, std::uint64_t tag, std::uint64_t deadline_ns) {
+  const Turn turn(busy_);
+  if (!turn) return Outcome::concurrent;
+  if (failure_.failed()) return failure(next_);
+  const Outcome outcome = admit(deadline_ns);
+  if (outcome != Outcome::ok) return outcome;
+  Record& mine = take(tag);
+  mine.own = nullptr;
+  mine.large_to.clear();
+  mine.lengths[config_.rank] = bytes[config_.rank];
+  for (std::uint32_t q = 0; q < channels_.size(); ++q) {
+    ++stats_[q].messages;
+    stats_[q].bytes += bytes[q];
   }
   return Outcome::ok;
+}
+
+void Exchange::publish(std::uint64_t iteration, std::uint64_t tag, const std::vector<Parcel>& parcels) {
+  const auto ranks = static_cast<std::uint32_t>(channels_.size());
+  for (std::uint32_t step = 1; step < ranks; ++step) {
+    const std::uint32_t q = (config_.rank + step) % ranks;
+    Header header{iteration, parcels[q].bytes, tag, parcels[q].on_host ? Header::kInline : Header::kDevice, 0, 0};
+    header.seal(config_.epoch);
+    channels_[q]->post(header, parcels[q].on_host, parcels[q].on_host ? parcels[q].bytes : 0);
+  }
+  published_.store(iteration + 1, std::memory_order_release);
+  if (remote_) fabric_->kick();
+  wake_all();
 }
 
 void Exchange::register_large(Record& mine, const std::byte* data, std::uint64_t bytes) {
@@ -188,7 +231,7 @@ bool Exchange::close(std::uint32_t code, std::uint32_t blamed, const std::string
   Farewell word{};
   word.code = code;
   word.blamed = blamed;
-  word.posted = next_;
+  word.posted = published_.load(std::memory_order_acquire);
   word.text_bytes = static_cast<std::uint32_t>(std::min(text.size(), Farewell::kTextBytes));
   std::memcpy(word.text, text.data(), word.text_bytes);
   for (const auto& each : channels_) {

@@ -74,7 +74,13 @@ std::string Inbox::read(std::uint64_t iteration, std::uint32_t source, Header& h
     return "its header claims " + std::to_string(header.length) + " bytes in a window of " +
            std::to_string(geometry_.window_bytes);
   }
-  if (header.kind > Header::kLarge) return "its header has the unknown kind " + std::to_string(header.kind);
+  if (header.kind == Header::kDevice && device_bytes_ && header.length > device_bytes_) {
+    return "its header claims " + std::to_string(header.length) + " bytes in a device window of " +
+           std::to_string(device_bytes_);
+  }
+  // Nothing is too large for a window of device memory; without these nothing comes there.
+  const bool unknown = header.kind > Header::kDevice || header.kind == (device_bytes_ ? Header::kLarge : Header::kDevice);
+  if (unknown) return "its header has the unknown kind " + std::to_string(header.kind);
   return "";
 }
 

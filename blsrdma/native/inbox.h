@@ -13,9 +13,10 @@ namespace blsrdma {
 
 class Inbox {
  public:
-  Inbox(const Arena& arena, const Geometry& geometry, std::uint32_t rank, std::uint64_t epoch)
-      : base_(arena.data()), geometry_(geometry), rank_(rank), epoch_(epoch), seen_(geometry.ranks, 0),
-        ways_(geometry.ranks, Way::unknown) {}
+  Inbox(const Arena& arena, const Geometry& geometry, std::uint32_t rank, std::uint64_t epoch,
+        std::uint64_t device_bytes = 0)
+      : base_(arena.data()), geometry_(geometry), rank_(rank), epoch_(epoch), device_bytes_(device_bytes),
+        seen_(geometry.ranks, 0), ways_(geometry.ranks, Way::unknown) {}
 
   // Whether every peer's message of `iteration` is here. Polls only the counters that are behind.
   bool arrived(std::uint64_t iteration);
@@ -70,6 +71,7 @@ class Inbox {
   Geometry geometry_;
   std::uint32_t rank_;
   std::uint64_t epoch_;
+  std::uint64_t device_bytes_;
   std::vector<std::uint64_t> seen_;
   std::vector<Way> ways_;
   std::uint64_t complete_ = 0;  // iterations 0 .. complete_ - 1 are known to be complete

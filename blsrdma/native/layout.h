@@ -108,13 +108,15 @@ struct alignas(kLine) Header {
   std::uint64_t iteration;
   std::uint64_t length;    // bytes of the message
   std::uint64_t tag;       // element type, as the sender declared it
-  std::uint64_t kind;      // kInline, or kLarge: the payload is a Descriptor, the message is to be pulled
+  std::uint64_t kind;      // kInline; kLarge: the payload is a Descriptor, the message is to be pulled; kDevice: the message
+                           // is in the receiver's device memory, in the window that goes with this one
   std::uint64_t checksum;  // of the message, where the exchange checks contents; else 0
   std::uint64_t check;
   Counter arrived;         // of a sender that puts: iteration + 1. Not part of the check: it has one of its own
 
   static constexpr std::uint64_t kInline = 0;
   static constexpr std::uint64_t kLarge = 1;
+  static constexpr std::uint64_t kDevice = 2;
 
   std::uint64_t mix(std::uint64_t epoch) const {
     const auto rotate = [](std::uint64_t x, int by) { return x << by | x >> (64 - by); };

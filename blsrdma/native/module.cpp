@@ -14,6 +14,7 @@
 
 #include "exchange.h"
 #include "front.h"
+#include "module_cuda.h"
 #include "module_lookup.h"
 
 namespace nb = nanobind;
@@ -170,14 +171,14 @@ NB_MODULE(_native, m) {
       .def("__init__",
            [](Exchange* self, std::shared_ptr<Fabric> fabric, std::shared_ptr<Arena> arena, const Geometry& geometry,
               std::uint32_t rank, std::uint32_t lag, std::uint64_t epoch, bool copy_self, bool direct, bool checksums,
-              std::int64_t keepalive_ns, std::uint32_t spins, std::uint32_t yields) {
+              std::int64_t keepalive_ns, std::uint32_t spins, std::uint32_t yields, std::uint64_t device_bytes) {
              const std::uint64_t keepalive = keepalive_ns < 0 ? kNever : static_cast<std::uint64_t>(keepalive_ns);
              new (self) Exchange(std::move(fabric), std::move(arena),
-                                 {geometry, rank, lag, epoch, copy_self, direct, checksums, keepalive, {spins, yields},
-                                  interrupted});
+                                 {geometry, rank, lag, epoch, copy_self, direct, checksums, device_bytes, keepalive,
+                                  {spins, yields}, interrupted});
            },
            "fabric"_a, "arena"_a, "geometry"_a, "rank"_a, "lag"_a, "epoch"_a, "copy_self"_a, "direct"_a, "checksums"_a,
-           "keepalive_ns"_a, "spins"_a, "yields"_a)
+           "keepalive_ns"_a, "spins"_a, "yields"_a, "device_bytes"_a = 0)
       .def("connect",
            [](Exchange& self, const std::vector<std::tuple<std::uint32_t, nb::bytes, nb::bytes, std::uint64_t, nb::bytes, int>>& peers,
               std::vector<int> pidfds, std::int64_t timeout_ns) {
@@ -192,6 +193,7 @@ NB_MODULE(_native, m) {
            "peers"_a, "pidfds"_a, "timeout_ns"_a)
       .def_prop_ro("next", &Exchange::next)
       .def_prop_ro("failed", &Exchange::failed)
+      .def("ready", &Exchange::ready, "iteration"_a)
       .def("why_failed", [](Exchange& self) { return static_cast<int>(self.why_failed()); })
       .def_prop_ro("leads", &Exchange::leads)
       .def("pull",
@@ -242,4 +244,5 @@ NB_MODULE(_native, m) {
 
   bind_front(m);
   bind_lookup(m);
+  bind_cuda(m);
 }

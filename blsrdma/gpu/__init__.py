@@ -1,0 +1,7 @@
+"""Messages and tables in GPU memory. Nothing here needs a GPU, or CUDA, to be imported.
+
+- `device`: CUDA's driver, devices, streams, whatever library they come from
+- `arrays`: GPU tensors and arrays in, views of the same kind out
+- `exchange`: the bounded-lag all-to-all on windows in GPU memory, `blsrdma.GpuExchange`
+- `compiler`, `pooling`: kernels, compiled when they are first used
+"""
