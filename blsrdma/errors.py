@@ -62,8 +62,8 @@ class GpuError(BlsrdmaError):
 
 
 class SendBufferError(BlsrdmaError, TypeError):
-    """`send` cannot be posted: not an array or tensor, not contiguous, in memory that this exchange does not send from, or
-    of an unusable type."""
+    """`send` cannot be posted: not an array or tensor, not contiguous, of an unusable type, or in memory that this
+    exchange does not send from."""
 
 
 class CountsError(BlsrdmaError, ValueError):

@@ -11,8 +11,8 @@
 | copy_self     | BLSRDMA_COPY_SELF     | 0       | copy the message to oneself; 0: it is a view of `send` |
 | trace         | BLSRDMA_TRACE         | off     | folder for this rank's timeline, see blsrdma.trace |
 | checksum      | BLSRDMA_CHECKSUM      | 0       | verify the contents of every message |
-| gpu_path      | BLSRDMA_GPU_PATH      | auto    | of GpuExchange: ipc writes into the peers' GPU memory, staged goes   |
-|               |                       |         | through host memory, auto chooses for each peer                      |
+| gpu_path      | BLSRDMA_GPU_PATH      | auto    | of GpuExchange: ipc writes into the peers' GPU memory, staged |
+|               |                       |         | goes through host memory, auto chooses for each peer |
 | memory_limit  | BLSRDMA_MEMORY_LIMIT  | *       | bytes per rank, of windows and of large messages received without |
 |               |                       |         | `out`; *: half of the machine's memory / ranks on it |
 

@@ -1,5 +1,5 @@
-"""GPU memory at the front doors: torch's CUDA tensors, and whatever has __cuda_array_interface__ (cupy, numba), in; views of
-the same kind out. Inside there are only addresses and bytes.
+"""GPU memory at the front doors: torch's CUDA tensors, and whatever has __cuda_array_interface__ (cupy, numba), in;
+views of the same kind out. Inside there are only addresses and bytes.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class GpuArray:
-    """C-contiguous memory of a device, for any library that knows __cuda_array_interface__ (cupy.asarray, torch.as_tensor,
-    numba.cuda.as_cuda_array): no copy is made. `owner` is kept alive with it."""
+    """C-contiguous memory of a device, for any library that knows __cuda_array_interface__ (cupy.asarray,
+    torch.as_tensor, numba.cuda.as_cuda_array): no copy is made. `owner` is kept alive with it."""
 
     address: int
     shape: tuple[int, ...]

@@ -3,14 +3,15 @@
     with GpuExchange(lag=3, window_bytes=1 << 20) as exchange:         # under torchrun, on every rank
         for batch in batches:
             exchange.begin()                                           # waits at the lag bound
-            handles.append(exchange.post(rows_for_everyone(batch), counts))   # a CUDA tensor; the host does not wait for it
+            handles.append(exchange.post(rows_for_everyone(batch), counts))  # a CUDA tensor; the host does not wait
             if len(handles) > exchange.lag:
                 with handles.popleft() as received:                    # waits for the counters, on the host
                     use(received[0], received[1], ...)                 # CUDA tensors: views of the windows
 
-The loop, its settings and its errors are those of blsrdma.Exchange, which carries the headers and counters in host memory.
-What is on the device is ordered by streams: post() sends what the stream holds at that moment, release() waits for what it
-holds then, and work that is launched after wait() finds the messages. There is no device-wide synchronisation.
+The loop, its settings and its errors are those of blsrdma.Exchange, which carries the headers and counters in host
+memory. What is on the device is ordered by streams: post() sends what the stream has produced when it comes so far,
+release() gives windows back when what the stream holds then is done, and work that is launched after wait() finds the
+messages. There is no device-wide synchronisation.
 
 A kernel can write its results where they belong, without a copy: see `GpuExchange.place`.
 """
@@ -192,9 +193,10 @@ class GpuExchange:
         """Send this rank's messages of the next iteration, once the work that `stream` holds now is done.
 
         Parameters:
-            send: a contiguous CUDA tensor, or an array with __cuda_array_interface__, on this exchange's device. It belongs
-                to the exchange until the handle says sent().
-            counts: counts[q] items along the leading dimension go to rank q; they add up to send.shape[0]. None: equal parts.
+            send: a contiguous CUDA tensor, or an array with __cuda_array_interface__, on this exchange's device. It
+                belongs to the exchange until the handle says sent().
+            counts: counts[q] items along the leading dimension go to rank q; they add up to send.shape[0]. None: equal
+                parts.
             stream: that on which `send` is produced; see blsrdma.gpu.device.stream_address.
             timeout: seconds, for the lag bound.
 
@@ -209,7 +211,7 @@ class GpuExchange:
             raise CountsError(f"counts {split.tolist()} do not add up to send.shape[0] = {buffer.items}")
         handle = self._announce(buffer, [int(n) * buffer.item_bytes for n in split], stream, timeout)
         handle._send = send
-        self._hand_over(handle, buffer.address, handle._stream)
+        self._hand_over(buffer.address, handle._stream)
         return handle
 
     def place(
@@ -317,7 +319,7 @@ class GpuExchange:
             return b""
 
     def _map(self, blobs: Sequence[dict[str, Any]]) -> list[int]:
-        """Map what can be mapped; the ranks to which messages have to be staged. Raises GpuError where gpu_path is ipc."""
+        """Map what can be mapped; the ranks to which messages have to be staged. Raises GpuError where none may be."""
         self._why = [""] * self.world_size
         for q, blob in enumerate(blobs):
             if q == self.rank:
@@ -342,8 +344,8 @@ class GpuExchange:
 
     def _too_large(self, rank: int, size: int) -> MessageTooLarge:
         return MessageTooLarge(
-            f"exchange {self.name!r}, iteration {self._next}: the message for rank {rank} has {size} bytes, a window of "
-            f"GPU memory {self.window_bytes}: raise window_bytes",
+            f"exchange {self.name!r}, iteration {self._next}: the message for rank {rank} has {size} bytes, a window "
+            f"of GPU memory {self.window_bytes}: raise window_bytes",
             rank, size, self.window_bytes,
         )  # fmt: skip
 
@@ -361,7 +363,7 @@ class GpuExchange:
         self._next += 1
         return handle
 
-    def _hand_over(self, handle: GpuHandle, address: int, stream: int) -> None:
+    def _hand_over(self, address: int, stream: int) -> None:
         try:
             self._core.send(address, stream)
         except GpuError as error:
@@ -395,13 +397,13 @@ class Placement:
         self._exchange._inner._usable()
         self._exchange._placed = None
         self._handle._stream = stream_address(stream, self._exchange.device)
-        self._exchange._hand_over(self._handle, 0, self._handle._stream)
+        self._exchange._hand_over(0, self._handle._stream)
         return self._handle
 
 
 class GpuHandle:
-    """One iteration between post() and release(). `with handle as received:` waits, gives the messages and releases them
-    behind what the stream of its post() holds at the end."""
+    """One iteration between post() and release(). `with handle as received:` waits, gives the messages, and releases
+    them behind what the stream of its post() holds at the end."""
 
     def __init__(
         self, exchange: GpuExchange, iteration: int, buffer: arrays.GpuBuffer, own_bytes: int, stream: int
@@ -417,8 +419,8 @@ class GpuHandle:
         return self.released or inner._core.ready(self.iteration)
 
     def wait(self, timeout: float | None = None, *, stream: Stream = None) -> GpuReceived:
-        """Wait on the host until every rank's message of this iteration has arrived. Work that is launched afterwards on
-        `stream` (None: that of post()) finds them. Raises PeerTimeout, PeerFailed, WindowCorrupt, as Handle.wait."""
+        """Wait on the host until every rank's message of this iteration has arrived. Work that is launched afterwards
+        on `stream` (None: that of post()) finds them. Raises PeerTimeout, PeerFailed, WindowCorrupt, as Handle.wait."""
         exchange = self._exchange
         exchange._inner._usable()
         if self.released:
@@ -435,8 +437,8 @@ class GpuHandle:
         return self._exchange._core.sent(self.iteration)
 
     def order_after_sent(self, stream: Stream = None) -> None:
-        """What is put on `stream` (None: that of post()) from now on may overwrite `send`, without the host's waiting; after
-        release(), if there is a message to oneself."""
+        """What is put on `stream` (None: that of post()) from now on may overwrite `send`, without the host's waiting;
+        after release(), if there is a message to oneself."""
         self._exchange._core.order_after_sent(self.iteration, self._on(stream))
 
     def release(self, stream: Stream = None) -> None:
@@ -459,8 +461,8 @@ class GpuHandle:
 
 
 class GpuReceived:
-    """The messages of one iteration: received[q] is rank q's, a view without a copy, of the kind and dtype of `send`; valid
-    until release(). `addresses[q]` and `sizes[q]` (bytes) are for kernels."""
+    """The messages of one iteration: received[q] is rank q's, a view without a copy, of the kind and dtype of `send`;
+    valid until release(). `addresses[q]` and `sizes[q]` (bytes) are for kernels."""
 
     def __init__(self, handle: GpuHandle) -> None:
         self._handle = handle
