@@ -14,9 +14,9 @@ Environment, read when a process calls CUDA first:
     SIMULATED_CUDA_SEED      of these delays and of the order of pieces and blocks (1)
     SIMULATED_CUDA_VERBOSE   1: prints why a call was refused
 
-Not modelled: speed; the legacy default stream's waiting for other streams (stream 0 is a stream like others); memory that
-the host cannot touch (a device pointer is a host pointer: reading through it is not noticed); memory that processes share
-on one device (each has its own); graphs, memory pools, managed memory, events between processes, GPUDirect RDMA, MPS.
+Not modelled: speed; the legacy default stream's waiting for other streams (stream 0 is a stream like others); memory
+that the host cannot touch (a device pointer is a host pointer: reading through it is not noticed); memory that processes
+share on one device (each has its own); graphs, memory pools, managed memory, events between processes, GPUDirect, MPS.
 """
 
 from __future__ import annotations
@@ -39,22 +39,11 @@ CACHE = HERE.parents[2] / "build" / "simulated"  # kept between sessions: the na
 
 COMMON = ["-fPIC", "-shared", "-fvisibility=hidden", "-Wall", "-Wextra", "-U_FORTIFY_SOURCE", "-Wl,-Bsymbolic"]
 DRIVER = ["-std=c++20", "-O1", *COMMON, "-pthread"]
-# As NVRTC compiles with --fmad=false: no multiplication fuses with an addition. Addresses that are not aligned to what is
-# read are an error on a GPU, and so they are here.
-KERNELS = [
-    "-std=c++17",
-    "-O2",
-    *COMMON,
-    "-ffp-contract=off",
-    "-fno-strict-aliasing",
-    "-fno-gnu-unique",
-    "-fno-exceptions",
-]
-KERNELS += [
-    "-Wno-unknown-pragmas",
-    "-fsanitize=alignment,bounds,shift,signed-integer-overflow",
-    "-fno-sanitize-recover=all",
-]
+# As NVRTC compiles with --fmad=false: no multiplication fuses with an addition. An address that is not aligned to what is
+# read there is an error on a GPU, and so it is here.
+KERNELS = ["-std=c++17", "-O2", *COMMON, "-ffp-contract=off", "-fno-strict-aliasing", "-fno-gnu-unique"]
+KERNELS += ["-fno-exceptions", "-Wno-unknown-pragmas", "-fno-sanitize-recover=all"]
+KERNELS += ["-fsanitize=alignment,bounds,shift,signed-integer-overflow"]
 
 KERNEL = re.compile(
     r'extern\s+"C"\s+(?P<before>(?:__launch_bounds__\s*\((?P<bounds>(?:[^()]|\([^()]*\))*)\)|[^;{}()])*?)'
@@ -91,8 +80,10 @@ def image(source: Path | str, *options: str) -> bytes:
 
 
 def fail(function: str, result: int, after_calls: int = 0) -> None:
-    """One call of `function`, after this many others, returns `result`; "kernel" or "copy": one on the device fails, and with it
-    everything after it. Result 0 takes it back. In this process, as all that follows."""
+    """One call of `function`, after this many others, returns `result`; 0 takes it back.
+
+    "kernel" or "copy": one fails on the device, and all that comes after it. In this process, as everything below.
+    """
     control().simulated_fail(function.encode(), result, after_calls)
 
 
@@ -107,8 +98,10 @@ def hold() -> Iterator[None]:
 
 
 def step(count: int = 1, seconds: float = 10.0) -> int:
-    """While held: lets streams take `count` steps (an operation that is not a copy, a quarter of a copy of up to 4 MiB, a quarter of a kernel's
-    blocks); returns the number that were taken in time."""
+    """While held: lets streams take `count` steps and waits for them; returns how many were taken in time.
+
+    A step is an operation, a quarter of a copy (of up to 4 MiB), or a quarter of a kernel's blocks.
+    """
     return int(control().simulated_step(count, int(seconds * 1000)))
 
 
@@ -123,7 +116,7 @@ def complaints() -> int:
 
 
 def live(what: str) -> int:
-    """How many there are, not freed yet: "device", "imported", "pinned" or "registered" memory, "streams", "events", "modules"."""
+    """How many of these are not freed yet: "device", "imported", "pinned", "registered" (all memory), "streams", ..."""
     return int(control().simulated_live(what.encode()))
 
 
@@ -161,12 +154,9 @@ def _for_gcc(text: str, name: str, defines: list[str]) -> str:
     plain = subprocess.run(
         [_compiler(), "-E", "-P", *defines, "-x", "c++", "-"], input=text, capture_output=True, text=True, check=True
     ).stdout
-    kernels = {
-        match["name"]: match["bounds"] or "" for match in KERNEL.finditer(plain) if "__global__" in match["before"]
-    }
-    if len(re.findall(r"\b__global__\b", plain)) != sum(
-        "__global__" in match["before"] for match in KERNEL.finditer(plain)
-    ):
+    found = [match for match in KERNEL.finditer(plain) if "__global__" in match["before"]]
+    kernels = {match["name"]: match["bounds"] or "" for match in found}
+    if len(found) != len(re.findall(r"\b__global__\b", plain)):
         raise ValueError(f'{name}: every kernel has to be declared `extern "C" __global__`; found {sorted(kernels)}')
     text = DYNAMIC_SHARED.sub(r"\g<type>* const \g<name> = reinterpret_cast<\g<type>*>(simulated::here->shared);", text)
     lines = [f"SIMULATED_KERNEL({kernel}, {bounds})" for kernel, bounds in kernels.items()]
