@@ -15,8 +15,8 @@ Environment, read when a process calls CUDA first:
     SIMULATED_CUDA_VERBOSE   1: prints why a call was refused
 
 Not modelled: speed; the legacy default stream's waiting for other streams (stream 0 is a stream like others); memory
-that the host cannot touch (a device pointer is a host pointer: reading through it is not noticed); memory that processes
-share on one device (each has its own); graphs, memory pools, managed memory, events between processes, GPUDirect, MPS.
+that the host cannot touch (a device pointer is a host pointer: reading through it is not noticed); memory that several
+processes share on one device (each has its own); graphs, memory pools, managed memory, events between processes, GPUDirect, MPS.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ CACHE = HERE.parents[2] / "build" / "simulated"  # kept between sessions: the na
 
 COMMON = ["-fPIC", "-shared", "-fvisibility=hidden", "-Wall", "-Wextra", "-U_FORTIFY_SOURCE", "-Wl,-Bsymbolic"]
 DRIVER = ["-std=c++20", "-O1", *COMMON, "-pthread"]
-# As NVRTC compiles with --fmad=false: no multiplication fuses with an addition. An address that is not aligned to what is
-# read there is an error on a GPU, and so it is here.
+# As NVRTC compiles with --fmad=false: no multiplication fuses with an addition. An address that is not aligned to what
+# is read there is an error on a GPU, and so it is here.
 KERNELS = ["-std=c++17", "-O2", *COMMON, "-ffp-contract=off", "-fno-strict-aliasing", "-fno-gnu-unique"]
 KERNELS += ["-fno-exceptions", "-Wno-unknown-pragmas", "-fno-sanitize-recover=all"]
 KERNELS += ["-fsanitize=alignment,bounds,shift,signed-integer-overflow"]
