@@ -16,7 +16,8 @@ Environment, read when a process calls CUDA first:
 
 Not modelled: speed; the legacy default stream's waiting for other streams (stream 0 is a stream like others); memory
 that the host cannot touch (a device pointer is a host pointer: reading through it is not noticed); memory that several
-processes share on one device (each has its own); graphs, memory pools, managed memory, events between processes, GPUDirect, MPS.
+processes share on one device (each has its own); graphs, memory pools, managed memory, events between processes,
+GPUDirect, MPS.
 """
 
 from __future__ import annotations
