@@ -3,12 +3,12 @@
 #pragma once
 
 struct uint3 {
-    unsigned x, y, z;
+  unsigned x, y, z;
 };
 
 struct dim3 {
-    unsigned x, y, z;
-    constexpr dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
+  unsigned x, y, z;
+  constexpr dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
 };
 
 namespace simulated {
@@ -18,27 +18,27 @@ constexpr unsigned kSlot = 16;  // the largest value that a warp exchanges, byte
 
 // Where a thread of a running kernel is. One for each block that runs; `thread` changes whenever another thread runs.
 struct Here {
-    uint3 thread, block;
-    dim3 block_size, grid_size;
-    unsigned char* shared;  // dynamic shared memory of the block
+  uint3 thread, block;
+  dim3 block_size, grid_size;
+  unsigned char* shared;  // dynamic shared memory of the block
 };
 
 // The driver's services for the kernel that runs on the calling thread; an image gets their addresses when it is loaded.
 struct Runtime {
-    // __syncthreads. `line` is the caller's, so that threads waiting at different barriers are found.
-    void (*barrier)(int line);
-    // Gathers `bytes` of every lane of `mask`; returns kWarp slots of kSlot bytes, valid until the lane's next call with this mask.
-    const unsigned char* (*gather)(unsigned mask, const void* mine, unsigned bytes, int line);
-    unsigned (*active)();  // the lanes of the warp that have not returned
-    void (*fail)(const char* text, const char* file, int line);  // assert, __trap: does not come back
+  // __syncthreads. `line` is the caller's, so that threads waiting at different barriers are found.
+  void (*barrier)(int line);
+  // Gathers `bytes` of every lane of `mask`; returns kWarp slots of kSlot bytes, valid until the lane's next call with this mask.
+  const unsigned char* (*gather)(unsigned mask, const void* mine, unsigned bytes, int line);
+  unsigned (*active)();  // the lanes of the warp that have not returned
+  void (*fail)(const char* text, const char* file, int line);  // assert, __trap: does not come back
 };
 
 // Exported by an image for kernel NAME as simulated_kernel_NAME.
 struct Kernel {
-    void (*thread)(Here*, void** arguments);  // runs one thread of the kernel
-    unsigned count;                           // of its parameters
-    const unsigned* sizes;                    // of its parameters, bytes
-    unsigned max_threads;                     // __launch_bounds__, else 1024
+  void (*thread)(Here*, void** arguments);  // runs one thread of the kernel
+  unsigned count;                           // of its parameters
+  const unsigned* sizes;                    // of its parameters, bytes
+  unsigned max_threads;                     // __launch_bounds__, else 1024
 };
 
 }  // namespace simulated
