@@ -419,9 +419,16 @@ extern "C" __global__ void diverging() {
     else __syncthreads();
 }
 
-extern "C" __global__ void beyond(float* in) {
-    in[0] = reinterpret_cast<float4*>(in + 1)->x;  // not aligned
+extern "C" __global__ void waiting(int* out) {
+    out[0] = __shfl_sync(threadIdx.x < 2 ? 0xfu : 0x3u << 4, 1, 0);  // lanes 2 and 3 are missing
+    __syncthreads();
 }
+
+extern "C" __global__ void unaligned(float* in) { in[0] = reinterpret_cast<float4*>(in + 1)->x; }
+extern "C" __global__ void one(const float* in) {
+    if (in[0] == 1.0f) __trap();
+}
+extern "C" __global__ void two(float* in) { *reinterpret_cast<int64_t*>(in) = 0; }
 """
 
 
@@ -481,23 +488,33 @@ def test_what_the_lanes_of_a_warp_tell_one_another() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "says"),
-    [("diverging", "threads wait at different __syncthreads"), ("beyond", "misaligned address")],
+    ("name", "pointer", "says"),
+    [
+        ("diverging", "0", "threads wait at different __syncthreads"),
+        ("waiting", "memory", "a lane that is not in its own mask"),
+        ("unaligned", "memory", "misaligned address"),
+        ("one", "memory + 60", "reads 4 bytes"),
+        ("two", "memory + 56", "writes 8 bytes .* beyond the end of an allocation"),
+        ("one", "freed", "reads 4 bytes .* device memory that is not allocated"),
+        ("one", "ctypes.addressof(pageable)", "reads 4 bytes .* neither device memory nor registered or pinned"),
+        ("one", "ones", "__trap"),
+    ],
 )
-def test_what_a_kernel_must_not_do_ends_the_process(name: str, says: str) -> None:
+def test_what_a_kernel_must_not_do_ends_the_process(name: str, pointer: str, says: str) -> None:
     process = child(
         f"""
 enter()
-memory = device_memory(64)
-launch(kernel(module(open(0).read()), {name!r}), 1, 64, c_ulonglong(memory))
+memory, freed, pageable = device_memory(60), device_memory(60), (c_float * 15)()
+ones = Pinned(4, b"\\0\\0\\x80\\x3f").at
+call("cuMemFree_v2", freed)
+launch(kernel(module(open(0).read()), {name!r}), 1, 64, c_ulonglong({pointer}))
 call("cuCtxSynchronize")
-"""
+""",
+        text=KERNELS,
     )
-    assert process.stdin is not None
-    process.stdin.write(KERNELS)
     _, err = process.communicate(timeout=60)
     assert process.returncode != 0
-    assert says in err
+    assert re.search(says, err), err
 
 
 def test_a_kernel_has_to_be_found_by_its_name() -> None:

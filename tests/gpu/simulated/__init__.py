@@ -45,6 +45,9 @@ DRIVER = ["-std=c++20", "-O1", *COMMON, "-pthread"]
 KERNELS = ["-std=c++17", "-O2", *COMMON, "-ffp-contract=off", "-fno-strict-aliasing", "-fno-gnu-unique"]
 KERNELS += ["-fno-exceptions", "-Wno-unknown-pragmas", "-fno-sanitize-recover=all"]
 KERNELS += ["-fsanitize=alignment,bounds,shift,signed-integer-overflow"]
+# Every load and store calls a function (in kernel.h), which asks whether there is such memory.
+KERNELS += ["-fsanitize=kernel-address", *"--param asan-instrumentation-with-call-threshold=0".split()]
+KERNELS += "--param asan-stack=0 --param asan-globals=0".split()
 
 KERNEL = re.compile(
     r'extern\s+"C"\s+(?P<before>(?:__launch_bounds__\s*\((?P<bounds>(?:[^()]|\([^()]*\))*)\)|[^;{}()])*?)'

@@ -27,6 +27,8 @@ class Block {
     here.grid_size = grid;
     shared_.resize(shared_bytes + kCanary + 16);
     here.shared = shared_.data() + (-reinterpret_cast<uintptr_t>(shared_.data()) & 15);
+    allow(this, sizeof(*this));
+    allow(here.shared, shared_bytes);
   }
 
   void run(uint3 index, bool falling);
@@ -56,6 +58,20 @@ class Block {
     if (!release(group, thread / kWarp)) wait();
     return slots;
   }
+
+  // What a thread of the block may use beside the device's memory: its stack, shared memory, parameters. Null: none of these.
+  const Here::Known* own(const void* at) const {
+    auto* byte = static_cast<const unsigned char*>(at);
+    for (const Here::Known& part : own_)
+      if (byte >= part.from && byte < part.to) return &part;
+    return nullptr;
+  }
+  void allow(const void* from, size_t bytes) {
+    auto* byte = static_cast<const unsigned char*>(from);
+    own_.push_back({byte, byte + bytes});
+  }
+  void remember(const Here::Known& known) { here.known[known_++ % Here::kKnown] = known; }
+  const Kernel& kernel() const { return kernel_; }
 
   unsigned active() const { return alive_[current_->thread / kWarp]; }
 
@@ -175,6 +191,8 @@ class Block {
   std::vector<std::unique_ptr<Group>> groups_;
   Fiber* current_ = nullptr;
   jmp_buf scheduler_;
+  std::vector<Here::Known> own_;
+  unsigned known_ = 0;
   static inline thread_local Block* running_ = nullptr;
 };
 
@@ -226,6 +244,7 @@ inline void Block::run(uint3 index, bool falling) {
     if (next_ < size_) {
       Fiber* fiber = idle_.empty() ? fibers.get(used++) : idle_.back();
       if (!idle_.empty()) idle_.pop_back();
+      if (!own(fiber->stack)) allow(fiber->stack, Fibers::kStack);
       resume(fiber);
       continue;
     }
@@ -239,12 +258,5 @@ inline void Block::run(uint3 index, bool falling) {
   for (unsigned i = 0; i < kCanary; ++i)
     if (here.shared[shared_bytes_ + i] != kGarbage) fail("written beyond the block's dynamic shared memory");
 }
-
-inline const Runtime kRuntime{
-  [](int line) { Block::running().barrier(line); },
-  [](unsigned mask, const void* mine, unsigned bytes, int line) { return Block::running().gather(mask, mine, bytes, line); },
-  [] { return Block::running().active(); },
-  [](const char* text, const char* file, int line) { Block::running().fail(text, file, line); },
-};
 
 }  // namespace simulated

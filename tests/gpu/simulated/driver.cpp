@@ -2,6 +2,7 @@
 // Here is what all its functions share, and what tests call; the functions themselves are in the files included at the end.
 
 #include <dlfcn.h>
+#include <link.h>
 
 #include <algorithm>
 #include <cstdarg>

@@ -71,19 +71,52 @@ constexpr unsigned count(void (*)(P...)) {
   return sizeof...(P);
 }
 template <class... P>
-const unsigned* sizes(void (*)(P...)) {
-  static const unsigned all[] = {sizeof(P)..., 0};
-  return all;
+struct Sizes {
+  static constexpr unsigned all[] = {sizeof(P)..., 0};
+};
+template <class... P>
+constexpr const unsigned* sizes(void (*)(P...)) {
+  return Sizes<P...>::all;
 }
+// Called for every load and store of a kernel: g++ inserts it (-fsanitize=kernel-address).
+__attribute__((no_sanitize_address)) inline void touched(const void* at, unsigned long bytes, bool write) {
+  auto* byte = static_cast<const unsigned char*>(at);
+  for (const Here::Known& known : here->known)
+    if (byte >= known.from && byte + bytes <= known.to) return;
+  simulated_runtime->touch(at, bytes, write);
+}
+
 constexpr unsigned bounds() { return 1024; }
 constexpr unsigned bounds(unsigned most, unsigned = 0, unsigned = 0) { return most; }
 
 }  // namespace simulated
 
+#define SIMULATED_TOUCHED(SIZE)                                                                                       \
+  extern "C" __attribute__((no_sanitize_address)) void __asan_load##SIZE(void* at) {                        \
+    simulated::touched(at, SIZE, false);                                                                              \
+  }                                                                                                                   \
+  extern "C" __attribute__((no_sanitize_address)) void __asan_store##SIZE(void* at) {                       \
+    simulated::touched(at, SIZE, true);                                                                               \
+  }
+SIMULATED_TOUCHED(1)
+SIMULATED_TOUCHED(2)
+SIMULATED_TOUCHED(4)
+SIMULATED_TOUCHED(8)
+SIMULATED_TOUCHED(16)
+extern "C" __attribute__((no_sanitize_address)) void __asan_loadN(void* at, unsigned long bytes) {
+  simulated::touched(at, bytes, false);
+}
+extern "C" __attribute__((no_sanitize_address)) void __asan_storeN(void* at, unsigned long bytes) {
+  simulated::touched(at, bytes, true);
+}
+extern "C" void __asan_handle_no_return() {}
+extern "C" void __asan_before_dynamic_init(const void*) {}
+extern "C" void __asan_after_dynamic_init() {}
+
 // `...`: the arguments of __launch_bounds__, if any.
 #define SIMULATED_KERNEL(NAME, ...)                                                                     \
   extern "C" __attribute__((visibility("default"))) const simulated::Kernel simulated_kernel_##NAME{ \
-    [](simulated::Here* here, void** arguments) {                                                   \
+    [](simulated::Here* here, void** arguments) __attribute__((no_sanitize_address)) {                                                   \
       simulated::here = here;                                                                     \
       simulated::call(&NAME, arguments);                                                          \
     },                                                                                              \
@@ -115,7 +148,7 @@ inline unsigned flat() { return (threadIdx.z * blockDim.y + threadIdx.y) * block
 inline unsigned lane() { return flat() % kWarp; }
 
 template <class T>
-inline T from(unsigned mask, T mine, unsigned source, int line) {
+__attribute__((no_sanitize_address)) inline T from(unsigned mask, T mine, unsigned source, int line) {
   static_assert(sizeof(T) <= kSlot && __is_trivially_copyable(T));
   const unsigned char* slots = simulated_runtime->gather(mask, &mine, sizeof(T), line);
   T theirs;
@@ -149,7 +182,7 @@ inline T __shfl_xor_sync(unsigned mask, T value, int lanes, int width = 32, int 
   unsigned lane = simulated::lane(), source = lane ^ unsigned(lanes);
   return simulated::from(mask, value, source / unsigned(width) > lane / unsigned(width) ? lane : source, line);
 }
-inline unsigned __ballot_sync(unsigned mask, int predicate, int line = __builtin_LINE()) {
+__attribute__((no_sanitize_address)) inline unsigned __ballot_sync(unsigned mask, int predicate, int line = __builtin_LINE()) {
   int mine = predicate != 0;
   const unsigned char* slots = simulated_runtime->gather(mask, &mine, sizeof(mine), line);
   unsigned ballot = 0;  // the slot of a lane that has returned is garbage

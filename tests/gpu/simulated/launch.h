@@ -21,6 +21,11 @@ struct Here {
   uint3 thread, block;
   dim3 block_size, grid_size;
   unsigned char* shared;  // dynamic shared memory of the block
+  struct Known {
+    const unsigned char *from, *to;
+  };
+  static constexpr unsigned kKnown = 8;
+  Known known[kKnown];  // memory that the kernel was found to be allowed to use; nothing is freed while it runs
 };
 
 // The driver's services for the kernel that runs on the calling thread; an image gets their addresses when it is loaded.
@@ -30,6 +35,7 @@ struct Runtime {
   // Gathers `bytes` of every lane of `mask`; returns kWarp slots of kSlot bytes, valid until the lane's next call with this mask.
   const unsigned char* (*gather)(unsigned mask, const void* mine, unsigned bytes, int line);
   unsigned (*active)();  // the lanes of the warp that have not returned
+  void (*touch)(const void* at, unsigned long bytes, bool write);  // of memory that is not known yet; fails if it must not
   void (*fail)(const char* text, const char* file, int line);  // assert, __trap: does not come back
 };
 
