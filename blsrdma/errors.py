@@ -192,3 +192,14 @@ class VersionError(BlsrdmaError, ValueError):
 
 class ReadsUnavailable(BlsrdmaError):
     """Mode get was asked for, and an owner's tables cannot be read without its help. Raised at the start."""
+
+
+class CompileError(GpuError):
+    """A GPU kernel cannot be compiled. Attributes: `log`, what the compiler said; empty where there is no compiler."""
+
+    def __init__(self, message: str, log: str) -> None:
+        super().__init__(message)
+        self.log = log
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (str(self), self.log)

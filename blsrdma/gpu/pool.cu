@@ -1,0 +1,357 @@
+// Pooled lookup: sums of rows in index order, written where the messages to their readers lie.
+//
+// A bag is pooled by a group of lanes, each of which has `elements` neighbouring columns: whole warps for rows of 128 and
+// more (a slice of 128 columns each), parts of a warp for shorter ones. A group takes `run` neighbouring bags of one table,
+// whose rows are one stretch of the indices, and reads that stretch: while kAhead rows are on their way, it does not
+// matter where bags end. Each lane finds one row of the next `lanes` (index, whether it is hot, address, scale) ahead of
+// time, and tells the others by shuffles.
+//
+// Bits are those of native/pool.h: elements of a row never meet each other, the additions of one are in index order from
+// +0, and nothing is fused that does not say so (compiled with --fmad=false). NaN may have other bits.
+//
+// Compiled for one POOL_FORMAT, POOL_WEIGHTED (false, true) and POOL_ELEMENTS (4, 1).
+
+namespace {
+
+using Position = long long;
+using Unsigned = unsigned long long;
+
+enum Format { kFp32, kFp16, kInt8, kInt4 };  // as in native/pool.h
+
+// As blsrdma/gpu/pooling.py has them, too.
+struct Table {
+  const unsigned char* hot;   // rows in this GPU's memory, or another's
+  const unsigned char* cold;  // row r at cold + r * bytes of a row: host memory, device-mapped; read where it is not hot
+  const int* slots;           // [rows]: where in `hot` a row is, or -1; null: rows below `hot_rows` are hot
+  Position first, rows;       // which rows of the table these are: first to first + rows ...
+  Position all;               // ... of so many. Indices outside are someone else's and add nothing
+  Position hot_rows;          // rows in `hot`
+  int position;               // of its vector among those of a sample
+  int mean;
+};
+
+constexpr int kTables = 40;
+struct Tables { Table table[kTables]; };  // of a launch: grid.y of them
+
+struct Bags {
+  const Position* indices;  // [count], of all tables
+  const float* weights;     // [count]
+  const Position* offsets;  // table t's begin at t * stride: [samples + 1]
+  const Position* firsts;   // [tables] where a table's indices begin, to which its offsets are relative; null: 0
+  Position count, stride;
+  Position from, to;        // samples
+  Position message_tables;  // vectors per sample in a message
+  const unsigned char* spare;  // a row that is read where there is none to add
+  Unsigned* errors;         // [2] least bad position in `indices`; least bad number in `offsets`. All ones: none
+  int dim, lanes, slices, run;
+  int first_table;  // of this launch
+};
+
+constexpr int kDestinations = 64;
+struct Destinations {
+  float* to[kDestinations];            // message of destination q: [samples of it, message_tables, dim]
+  Position start[kDestinations + 1];   // its samples: start[q] to start[q + 1]
+  int count;
+};
+
+constexpr int kMost = 0x7fffffff;  // rows of a group's bags
+constexpr unsigned kAll = 0xffffffffu;
+
+// --- elements
+
+#ifdef __CUDA_ARCH__
+__device__ inline float from_half(unsigned short half) {
+  float value;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(half));
+  return value;
+}
+__device__ inline float rounded_to_half(float value) {
+  unsigned short half;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(half) : "f"(value));
+  return from_half(half);
+}
+#else  // for the simulated device
+inline float from_half(unsigned short half) { return __half2float(__ushort_as_half(half)); }
+inline float rounded_to_half(float value) { return __half2float(__float2half_rn(value)); }
+#endif
+
+__device__ inline unsigned word_at(const unsigned char* at) {  // of any alignment
+  return __ldg(at) | __ldg(at + 1) << 8 | __ldg(at + 2) << 16 | unsigned(__ldg(at + 3)) << 24;
+}
+
+// What a lane reads of a row: 4 elements, or 1.
+template <int format, int elements> struct Raw;
+template <> struct Raw<kFp32, 4> { using type = float4; };
+template <> struct Raw<kFp16, 4> { using type = uint2; };
+template <> struct Raw<kInt8, 4> { using type = unsigned; };
+template <> struct Raw<kInt4, 4> { using type = unsigned short; };
+template <> struct Raw<kFp32, 1> { using type = float; };
+template <> struct Raw<kFp16, 1> { using type = unsigned short; };
+template <> struct Raw<kInt8, 1> { using type = unsigned char; };
+template <> struct Raw<kInt4, 1> { using type = unsigned char; };
+
+template <int format>
+__device__ inline Position row_bytes(int dim) {
+  return format == kFp32 ? Position(dim) * 4 : format == kFp16 ? Position(dim) * 2 : format == kInt8 ? Position(dim) + 8
+                                                                                                : (Position(dim) + 1) / 2 + 4;
+}
+
+template <int format>
+__device__ inline Position column_bytes(int column) {
+  return format == kFp32 ? column * 4 : format == kFp16 ? column * 2 : format == kInt8 ? column : column / 2;
+}
+
+template <int format, int elements>
+__device__ inline void widen(float (&values)[elements], const typename Raw<format, elements>::type& raw, int column) {
+  if constexpr (format == kFp32 && elements == 4) {
+    values[0] = raw.x, values[1] = raw.y, values[2] = raw.z, values[3] = raw.w;
+  } else if constexpr (format == kFp32) {
+    values[0] = raw;
+  } else if constexpr (format == kFp16 && elements == 4) {
+    values[0] = from_half(raw.x & 0xffffu), values[1] = from_half(raw.x >> 16);
+    values[2] = from_half(raw.y & 0xffffu), values[3] = from_half(raw.y >> 16);
+  } else if constexpr (format == kFp16) {
+    values[0] = from_half(raw);
+  } else if constexpr (format == kInt8) {
+    for (int e = 0; e < elements; ++e) values[e] = float(raw >> 8 * e & 255);
+  } else if constexpr (elements == 4) {
+    for (int e = 0; e < 4; ++e) values[e] = float(raw >> 4 * e & 15);
+  } else {
+    values[0] = float(raw >> 4 * (column & 1) & 15);
+  }
+}
+
+// What a row is multiplied by and shifted by.
+struct Scale { float factor, bias; };
+
+template <int format, bool weighted, int elements>
+__device__ inline Scale scale_of(const unsigned char* row, float weight, int dim) {
+  Scale scale{weight, 0.0f};
+  if constexpr (format == kFp16) {
+    scale.factor = weighted ? rounded_to_half(weight) : weight;
+  } else if constexpr (format == kInt8) {
+    if constexpr (elements == 4) {
+      scale = {__ldg(reinterpret_cast<const float*>(row + dim)), __ldg(reinterpret_cast<const float*>(row + dim) + 1)};
+    } else {
+      scale = {__uint_as_float(word_at(row + dim)), __uint_as_float(word_at(row + dim + 4))};
+    }
+  } else if constexpr (format == kInt4) {
+    const unsigned both = word_at(row + (dim + 1) / 2);
+    scale = {from_half(both & 0xffffu), from_half(both >> 16)};
+  }
+  if constexpr (weighted && (format == kInt8 || format == kInt4)) scale = {scale.factor * weight, scale.bias * weight};
+  return scale;
+}
+
+template <int format, bool weighted, int elements>
+__device__ inline void add(float (&sum)[elements], const typename Raw<format, elements>::type& raw, Scale scale, int column) {
+  float values[elements];
+  widen<format, elements>(values, raw, column);
+#pragma unroll
+  for (int e = 0; e < elements; ++e) {
+    if constexpr (format == kInt8 || format == kInt4) {
+      sum[e] = fmaf(scale.factor, values[e], sum[e] + scale.bias);
+    } else if constexpr (weighted) {
+      sum[e] = fmaf(scale.factor, values[e], sum[e]);
+    } else {
+      sum[e] = sum[e] + values[e];
+    }
+  }
+}
+
+// --- rows
+
+__device__ inline void report(Unsigned* word, Position where) { atomicMin(word, Unsigned(where)); }
+
+// Where a bag ends, counted from where the stretch of its group begins. Offsets are not trusted: it is never less than
+// `least` nor more than `most`.
+__device__ inline int bounded(const Bags& bags, const Position* offset, Position begin, int least, int most) {
+  const Position given = __ldg(offset) - begin;
+  const int value = given < least ? least : given > most ? most : int(given);
+  if (value != given) report(bags.errors + 1, offset - bags.offsets);
+  return value;
+}
+
+__device__ inline int slot_of(const Table& table, Position index) {
+  const Unsigned row = Unsigned(index) - Unsigned(table.first);
+  return table.slots != nullptr && row < Unsigned(table.rows) ? __ldg(table.slots + row) : -1;
+}
+
+// Where the row of an index lies; null where it is none, or someone else's.
+__device__ inline const unsigned char* row_of(const Bags& bags, const Table& table, const Position* at, Position index,
+                                              int slot, Position bytes) {
+  const Unsigned row = Unsigned(index) - Unsigned(table.first);
+  if (row >= Unsigned(table.rows)) {
+    if (Unsigned(index) >= Unsigned(table.all)) report(bags.errors, at - bags.indices);
+    return nullptr;
+  }
+  if (table.slots == nullptr) return (row < Unsigned(table.hot_rows) ? table.hot : table.cold) + row * bytes;
+  return Unsigned(Position(slot)) < Unsigned(table.hot_rows) ? table.hot + slot * bytes : table.cold + row * bytes;
+}
+
+// --- the kernel
+
+// The same number, of which the compiler knows nothing.
+__device__ inline unsigned afresh(unsigned number) {
+  asm volatile("" : "+r"(number));
+  return number;
+}
+
+// Where the vectors of a table go, sample by sample.
+struct Cursor {
+  float* out;
+  int until;  // samples until the next destination, or more than the group has
+  int destination;
+
+  __device__ inline void seek(const Destinations& d, Position sample, Position step, Position within) {
+    int high = d.count;
+    destination = 0;
+    while (high - destination > 1) {
+      const int middle = (destination + high) / 2;
+      (d.start[middle] <= sample ? destination : high) = middle;
+    }
+    out = d.to[destination] + (sample - d.start[destination]) * step + within;
+    until = int(min(d.start[destination + 1] - sample, Position(kMost)));
+  }
+  __device__ inline void next(const Destinations& d, Position step, Position within) {
+    out += step;
+    if (--until == 0 && destination + 1 < d.count) {
+      const Position sample = d.start[++destination];
+      while (destination + 1 < d.count && d.start[destination + 1] == sample) ++destination;
+      out = d.to[destination] + within;
+      until = int(min(d.start[destination + 1] - sample, Position(kMost)));
+    }
+  }
+};
+
+template <int format, bool weighted, int elements>
+__device__ inline void pool_bags(const Bags& bags, const Tables& tables, const Destinations& destinations) {
+  using Part = typename Raw<format, elements>::type;
+  constexpr bool scaled = weighted || format == kInt8 || format == kInt4;
+  constexpr bool shifted = format == kInt8 || format == kInt4;
+  constexpr int kAhead = format == kInt4 || (format == kFp32 && weighted) ? 4 : 8;  // rows of a group on their way: what registers allow
+  const int lanes = bags.lanes, lane = threadIdx.x & (lanes - 1);
+  const unsigned unit = blockIdx.x * (blockDim.x / lanes) + threadIdx.x / lanes;
+  const unsigned slice = unit % bags.slices, chunk = unit / bags.slices;
+  const int column = (slice * lanes + lane) * elements;
+  const bool mine = column < bags.dim;
+  const Position bytes = row_bytes<format>(bags.dim), place = mine ? column_bytes<format>(column) : 0;
+
+  // The stretch of this group: `left` bags, `last` rows. Positions are counted from its begin.
+  const Position sample = bags.from + Position(chunk) * bags.run;
+  int left = sample < bags.to ? int(min(bags.to - sample, Position(bags.run))) : 0;
+  const Position* ends = bags.offsets + (bags.first_table + blockIdx.y) * bags.stride + sample;
+  const auto base = [&] {
+    return bags.firsts == nullptr ? 0 : __ldg(bags.firsts + bags.first_table + afresh(blockIdx.y));
+  };
+  const Position* indices = bags.indices;
+  int end = 0, last = 0, begun = 0;
+  if (left > 0) {
+    Position begin = base() + __ldg(ends);
+    if (Unsigned(begin) > Unsigned(bags.count)) {
+      report(bags.errors + 1, ends - bags.offsets);
+      begin = bags.count;
+    }
+    indices += begin;
+    last = bounded(bags, ends + left, begin - base(), 0, int(min(bags.count - begin, Position(kMost))));
+    ++ends;
+    end = left == 1 ? last : bounded(bags, ends, begin - base(), 0, last);
+  }
+  const float* weights = weighted ? bags.weights + (indices - bags.indices) : nullptr;
+  // The table's description is read where it is used: kept in registers it would cost the loads that they hold.
+  const auto table = [&]() -> const Table& { return tables.table[afresh(blockIdx.y)]; };
+  Position index = lane < last ? __ldcs(indices + lane) : 0;
+  Position index_after = lanes + lane < last ? __ldcs(indices + lanes + lane) : 0;
+  float weight = 1.0f, weight_after = 1.0f;
+  if constexpr (weighted) {
+    if (lane < last) weight = __ldcs(weights + lane);
+    if (lanes + lane < last) weight_after = __ldcs(weights + lanes + lane);
+  }
+  int slot = slot_of(table(), index);
+  Cursor cursor;
+  const auto step = [&] { return bags.message_tables * bags.dim; };
+  const auto within = [&] { return Position(table().position) * bags.dim + column; };
+  if (left > 0) cursor.seek(destinations, sample, step(), within());
+
+  float sum[elements] = {};
+  // Write the bag that ends, and begin the next.
+  const auto finish = [&] {
+    const int rows = end - begun;
+#pragma unroll
+    for (int e = 0; e < elements; ++e) {
+      if constexpr (format == kFp16) sum[e] = rounded_to_half(sum[e]);
+      if (rows > 1 && table().mean) sum[e] = sum[e] / float(rows);
+    }
+    if (mine) {
+      if constexpr (elements == 4) {
+        __stcs(reinterpret_cast<float4*>(cursor.out), make_float4(sum[0], sum[1], sum[2], sum[3]));
+      } else {
+        __stcs(cursor.out, sum[0]);
+      }
+    }
+#pragma unroll
+    for (int e = 0; e < elements; ++e) sum[e] = 0.0f;
+    cursor.next(destinations, step(), within());
+    begun = end;
+    ++ends;
+    end = --left <= 1 ? last : bounded(bags, ends, indices - bags.indices - base(), begun, last);
+  };
+
+  int longest = last;  // of the groups of this warp, which go on together
+  for (int other = lanes; other < 32; other *= 2) longest = max(longest, __shfl_xor_sync(kAll, longest, other, 32));
+  // (at may pass kMost: unsigned where it is compared)
+  for (unsigned at = 0; at < unsigned(longest); at += lanes) {
+    const int here = min(max(last - int(at), 0), lanes);  // rows of this round
+    const unsigned char* row = lane < here ? row_of(bags, table(), indices + at + lane, index, slot, bytes) : nullptr;
+    const unsigned held = __ballot_sync(kAll, row != nullptr) >> (threadIdx.x & 31 & -lanes);
+    if (row == nullptr) row = bags.spare;
+    const Scale scale = scale_of<format, weighted, elements>(row, weight, bags.dim);
+    index = index_after, weight = weight_after;
+    slot = slot_of(table(), index);
+    const unsigned after = at + 2 * lanes + lane;
+    if (after < unsigned(last)) {
+      index_after = __ldcs(indices + after);
+      if constexpr (weighted) weight_after = __ldcs(weights + after);
+    }
+#pragma unroll 1
+    for (int k = 0; k < min(lanes, longest - int(at)); k += kAhead) {
+      Part parts[kAhead];
+      Scale scales[kAhead];
+#pragma unroll
+      for (int u = 0; u < kAhead; ++u) {
+        const Unsigned from = __shfl_sync(kAll, reinterpret_cast<Unsigned>(row), k + u, lanes);
+        parts[u] = __ldg(reinterpret_cast<const Part*>(from + place));
+        if constexpr (scaled) scales[u].factor = __shfl_sync(kAll, scale.factor, k + u, lanes);
+        if constexpr (shifted) scales[u].bias = __shfl_sync(kAll, scale.bias, k + u, lanes);
+      }
+      // Add the rows up to where the bag ends, finish it, add those of the next ...
+      const int count = min(here - k, kAhead);
+#pragma unroll 1
+      for (int done = 0; done < count;) {
+        const int stop = min(end - int(at) - k, count);
+        const unsigned chosen = held >> k & ((1u << stop) - (1u << done));
+#pragma unroll
+        for (int u = 0; u < kAhead; ++u) {
+          if (chosen >> u & 1) add<format, weighted, elements>(sum, parts[u], scales[u], column);
+        }
+        done = stop;
+        if (done < count) finish();
+      }
+    }
+  }
+  while (left > 0) finish();
+}
+
+}  // namespace
+
+// Blocks per multiprocessor: the most for which no register is spilled.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int kBlocks = POOL_FORMAT == kFp32 ? 5 : 4;
+#else
+constexpr int kBlocks = 6;
+#endif
+
+extern "C" __global__ void __launch_bounds__(128, kBlocks) pool(const Bags bags, const Tables tables,
+                                                                const Destinations destinations) {
+  pool_bags<POOL_FORMAT, POOL_WEIGHTED, POOL_ELEMENTS>(bags, tables, destinations);
+}

@@ -1,0 +1,34 @@
+"""A device that is none, for tests of kernels."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from blsrdma.gpu import compiler
+from blsrdma.gpu.compiler import Compiled
+from blsrdma.gpu.device import open_device
+from blsrdma.ucx import native
+from tests.gpu import simulated
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from pathlib import Path
+
+    from blsrdma._native import cuda
+
+
+def compiled_by_gcc(source: Path, defines: Mapping[str, str | int], capability: compiler.Capability) -> Compiled:
+    """In place of `compiler.nvrtc`: what the simulated device runs."""
+    return Compiled(simulated.image(source, *(f"-D{name}={value}" for name, value in defines.items())), "")
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[cuda.Device]:
+    """The simulated device, as the product's code sees it; kernels are compiled for it."""
+    native.cuda.load(str(simulated.driver()))
+    monkeypatch.setattr(compiler, "build", compiled_by_gcc)
+    before = simulated.complaints()
+    yield open_device(0)
+    assert simulated.complaints() == before
