@@ -282,15 +282,21 @@ def test_host_memory_is_registered_once() -> None:
 
 
 def test_a_context_ends_with_what_is_in_it() -> None:
-    memory, stream = cu.device_memory(64), cu.stream()
-    live = [simulated.live(what) for what in ("device", "streams")]
-    assert live == [1, 1]
-    cu.leave()
-    assert [simulated.live(what) for what in ("device", "streams")] == [0, 0]
-    assert cu.result("cuStreamQuery", stream) == 201, "no current context"
-    cu.enter()
-    assert cu.result("cuMemFree_v2", memory) == 1
-    assert cu.result("cuStreamQuery", stream) == 400
+    """In a process of its own: others of this one may have the primary context, too."""
+    process = child(
+        """
+enter()
+memory, on = device_memory(64), stream()
+assert [simulated.live(what) for what in ("device", "streams")] == [1, 1]
+leave()
+assert [simulated.live(what) for what in ("device", "streams")] == [0, 0]
+assert result("cuStreamQuery", on) == 201, "no current context"
+enter()
+assert result("cuMemFree_v2", memory) == 1
+assert result("cuStreamQuery", on) == 400
+"""
+    )
+    output(process)
 
 
 # --- between processes
