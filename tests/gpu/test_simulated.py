@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import os
 import re
 import signal
 import subprocess
@@ -25,7 +26,8 @@ SIZE = 1 << 20
 
 
 @pytest.fixture(autouse=True)
-def _device() -> Iterator[None]:
+def _device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     before = simulated.complaints()
     cu.enter()
     yield
@@ -38,7 +40,7 @@ def child(code: str, *, text: str = "", **environment: str) -> subprocess.Popen[
     process = subprocess.Popen(
         [sys.executable, "-c", "from tests.gpu.calls import *\nfrom tests.gpu import simulated\n" + code],
         cwd=ROOT,
-        env={"PATH": "/usr/bin:/bin", **environment},
+        env={name: value for name, value in os.environ.items() if "CUDA" not in name} | environment,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -352,6 +354,46 @@ leave()
     output(process)
 
 
+def test_memory_is_not_freed_while_others_have_it_open() -> None:
+    owner = child("""
+enter()
+memory = device_memory(64)
+print(handle_of(memory).hex(), flush=True)
+input()
+call("cuMemFree_v2", memory)
+print(simulated.complaints(), flush=True)
+input()
+""")
+    assert owner.stdin is not None and owner.stdout is not None
+    user = child(
+        """
+enter()
+pointer = open_handle(bytes.fromhex(input()))[1]
+read(pointer, 64)
+print(simulated.complaints(), flush=True)
+input()
+read(pointer, 64)
+print(simulated.complaints())
+""",
+        text=owner.stdout.readline(),
+    )
+    assert user.stdout is not None
+    assert user.stdout.readline() == "0\n"
+    owner.stdin.write("\n")
+    owner.stdin.flush()
+    assert owner.stdout.readline() == "1\n"
+    out, err = user.communicate("\n", timeout=60)
+    assert out == "1\n", err
+    assert "its owner, another process, has freed" in err
+    _, err = owner.communicate("\n", timeout=60)
+    assert f"process {user.pid} has open" in err
+
+
+def test_the_host_cannot_touch_device_memory() -> None:
+    _, err = output(child("enter()\nctypes.string_at(device_memory(64), 4)"), -signal.SIGSEGV)
+    assert "the host touched device memory" in err
+
+
 def test_devices_are_chosen_by_the_environment() -> None:
     process = child(
         """
@@ -572,6 +614,6 @@ template <class A, class B> constexpr bool same(A, B) {{
 """
     )
     done = subprocess.run(
-        ["g++", "-std=c++20", "-fsyntax-only", str(source)], capture_output=True, text=True, timeout=120
+        [simulated.compiler(), "-std=c++20", "-fsyntax-only", str(source)], capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr

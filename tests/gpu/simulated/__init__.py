@@ -12,12 +12,17 @@ Environment, read when a process calls CUDA first:
     SIMULATED_CUDA_PEERS     whether devices reach one another (1)
     SIMULATED_CUDA_DELAY_US  each operation is delayed by up to this many microseconds at random (0)
     SIMULATED_CUDA_SEED      of these delays and of the order of pieces and blocks (1)
+    SIMULATED_CUDA_PROTECT   0: the host may touch device memory; else that ends in a SIGSEGV, unless the device uses it
+                             at this very moment (1)
     SIMULATED_CUDA_VERBOSE   1: prints why a call was refused
 
+A kernel's loads and stores are checked one by one: they are to device memory or to pinned or registered host memory,
+and aligned, or the process ends with a text that names kernel, block, thread and address. Device memory that was not
+written holds bytes 0xCB, and so does dynamic shared memory.
+
 Not modelled: speed; the legacy default stream's waiting for other streams (stream 0 is a stream like others); memory
-that the host cannot touch (a device pointer is a host pointer: reading through it is not noticed); memory that several
-processes share on one device (each has its own); graphs, memory pools, managed memory, events between processes,
-GPUDirect, MPS.
+that several processes share on one device (each has its own); graphs, memory pools, managed memory, events between
+processes, GPUDirect, MPS.
 """
 
 from __future__ import annotations
@@ -156,7 +161,7 @@ def _for_gcc(text: str, name: str, defines: list[str]) -> str:
     """The source with what g++ needs and NVRTC does not."""
     text = CUDA_HEADER.sub("", text)
     plain = subprocess.run(
-        [_compiler(), "-E", "-P", *defines, "-x", "c++", "-"], input=text, capture_output=True, text=True, check=True
+        [compiler(), "-E", "-P", *defines, "-x", "c++", "-"], input=text, capture_output=True, text=True, check=True
     ).stdout
     found = [match for match in KERNEL.finditer(plain) if "__global__" in match["before"]]
     kernels = {match["name"]: match["bounds"] or "" for match in found}
@@ -169,7 +174,7 @@ def _for_gcc(text: str, name: str, defines: list[str]) -> str:
 
 def _built(kind: str, parts: list[str], build: Callable[[Path], None]) -> Path:
     """The library that `build` makes of these parts; made once, also where several processes ask for it at once."""
-    key = hashlib.sha256("\0".join([_compiler(), platform.machine(), *parts]).encode()).hexdigest()[:20]
+    key = hashlib.sha256("\0".join([compiler(), platform.machine(), *parts]).encode()).hexdigest()[:20]
     library = CACHE / f"{kind}-{key}.so"
     if library.exists():
         return library
@@ -184,13 +189,14 @@ def _built(kind: str, parts: list[str], build: Callable[[Path], None]) -> Path:
 
 
 def _run(arguments: list[str]) -> None:
-    done = subprocess.run([_compiler(), *arguments], capture_output=True, text=True)
+    done = subprocess.run([compiler(), *arguments], capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"{_compiler()} {' '.join(arguments)}:\n{done.stderr}")
+        raise RuntimeError(f"{compiler()} {' '.join(arguments)}:\n{done.stderr}")
 
 
 @functools.cache
-def _compiler() -> str:
+def compiler() -> str:
+    """What compiles the driver and its kernels."""
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None:
         raise RuntimeError("the simulated driver needs g++ (or CXX)")

@@ -152,13 +152,40 @@ CUresult drain(ContextCall& call) {
   return CUresult(call.context->error.load());
 }
 
+// While it lives, device memory can be used: the ranges of these pointers, or all that there is.
+class Access {
+ public:
+  explicit Access(std::initializer_list<uintptr_t> pointers) {
+    std::lock_guard lock(state().mutex);
+    for (uintptr_t pointer : pointers)
+      if (Range* range = state().memory.find(pointer)) use(range->base);
+  }
+  Access() {
+    std::lock_guard lock(state().mutex);
+    for (auto& [base, range] : state().memory.all()) use(base);
+  }
+  ~Access() {
+    std::lock_guard lock(state().mutex);
+    for (uintptr_t base : bases_)
+      if (Range* range = state().memory.find(base)) state().memory.unuse(*range);  // else freed by another context
+  }
+  Access(const Access&) = delete;
+
+ private:
+  void use(uintptr_t base) {
+    state().memory.use(*state().memory.find(base));
+    bases_.push_back(base);
+  }
+  std::vector<uintptr_t> bases_;
+};
+
 void run_fault(const char* kind, Context* context) {  // "kernel", "copy"
   std::lock_guard lock(state().mutex);
   if (int error = injected(kind)) context->error = error;
 }
 
-void report_beyond(const Range& range) {
-  if (long at = Memory::beyond(range); at >= 0) complain("somebody wrote byte %ld of an allocation of %zu bytes", at, range.bytes);
+void report_beyond(Range& range) {
+  if (long at = state().memory.beyond(range); at >= 0) complain("somebody wrote byte %ld of an allocation of %zu bytes", at, range.bytes);
 }
 
 void destroy(Context* context) {

@@ -57,7 +57,20 @@ struct Range {
   uintptr_t map = 0;
   size_t map_bytes = 0;
   int opened = 0;
+  int uses = 0;  // by operations that run
 };
+
+// Where device memory is: see Memory.
+constexpr size_t kArena = size_t(1) << 40;
+inline uintptr_t arena = 0;
+inline struct sigaction before_fault;
+
+// Says what happened, and leaves it to whoever handled it before.
+inline void on_fault(int, siginfo_t* info, void*) {
+  constexpr char kText[] = "simulated CUDA: the host touched device memory, or a kernel memory that is not allocated\n";
+  if (reinterpret_cast<uintptr_t>(info->si_addr) - arena < kArena && write(2, kText, sizeof(kText) - 1) < 0) _exit(1);
+  sigaction(SIGSEGV, &before_fault, nullptr);
+}
 
 class Memory {
  public:
@@ -72,7 +85,7 @@ class Memory {
     auto after = ranges_.lower_bound(pointer);
     return find(pointer) || (after != ranges_.end() && after->first < pointer + bytes);
   }
-  bool is_device(uintptr_t pointer) const { return pointer - arena_ < kArena; }
+  bool is_device(uintptr_t pointer) const { return pointer - arena < kArena; }
   const std::map<uintptr_t, Range>& all() const { return ranges_; }
 
   Range* add(Range range) {
@@ -95,7 +108,11 @@ class Memory {
     range.fd = fd;
     if (getrandom(range.header->id, sizeof(range.header->id), 0) < 0) return nullptr;
     range.header->magic = Header::kMagic;
-    if (map_bytes <= kSetAtMost) std::memset(reinterpret_cast<void*>(range.map), kUnset, map_bytes);
+    if (map_bytes <= kSetAtMost) {
+      use(range);
+      std::memset(reinterpret_cast<void*>(range.map), kUnset, map_bytes);
+      unuse(range);
+    }
     return add(range);
   }
 
@@ -128,10 +145,18 @@ class Memory {
     mmap(reinterpret_cast<void*>(range.map), range.map_bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
   }
 
+  // Device memory can be touched only while an operation that may use it runs: the host, which cannot, mostly finds out.
+  void use(Range& range) {
+    if (range.header && protect_ && range.uses++ == 0) allow(range, PROT_READ | PROT_WRITE);
+  }
+  void unuse(Range& range) {
+    if (range.header && protect_ && --range.uses == 0) allow(range, PROT_NONE);
+  }
+
   // The id of another living process that still has this allocation open, or 0.
   static int importer(const Range& range) {
     for (auto& slot : range.header->importers)
-      if (int pid = slot; pid && kill(pid, 0) == 0) return pid;
+      if (int pid = slot; pid && lives(pid)) return pid;
     return 0;
   }
   static void leave(Range& range) {
@@ -142,26 +167,41 @@ class Memory {
   }
 
   // The first byte behind the allocation in its last page that somebody wrote to, or -1.
-  static long beyond(const Range& range) {
+  long beyond(Range& range) {
     if (range.map_bytes > kSetAtMost) return -1;
     auto* byte = reinterpret_cast<const unsigned char*>(range.base);
-    for (size_t i = range.bytes; range.base + i < range.map + range.map_bytes; ++i)
-      if (byte[i] != kUnset) return long(i);
-    return -1;
+    long found = -1;
+    use(range);
+    for (size_t i = range.bytes; range.base + i < range.map + range.map_bytes && found < 0; ++i)
+      if (byte[i] != kUnset) found = long(i);
+    unuse(range);
+    return found;
   }
 
  private:
-  static constexpr size_t kArena = size_t(1) << 40;
+  static bool lives(int pid) {  // and is not only waited for
+    std::FILE* file = std::fopen(("/proc/" + std::to_string(pid) + "/stat").c_str(), "r");
+    char state = 'X';
+    if (!file) return false;
+    if (std::fscanf(file, "%*d (%*[^)]) %c", &state) != 1) state = 'X';
+    std::fclose(file);
+    return state != 'Z' && state != 'X';
+  }
+  static void allow(const Range& range, int what) { mprotect(reinterpret_cast<void*>(range.map), range.map_bytes, what); }
 
   bool map(Range& range, int fd, size_t map_bytes, size_t offset) {
-    if (arena_ == 0) {
+    if (arena == 0) {
       void* all = mmap(nullptr, kArena, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
       if (all == MAP_FAILED) return false;
-      arena_ = next_ = reinterpret_cast<uintptr_t>(all);
+      arena = next_ = reinterpret_cast<uintptr_t>(all);
+      struct sigaction action {};
+      action.sa_sigaction = on_fault;
+      action.sa_flags = SA_SIGINFO | SA_ONSTACK;
+      sigaction(SIGSEGV, &action, &before_fault);
     }
-    if (next_ + map_bytes + 2 * kPage > arena_ + kArena) return false;
+    if (next_ + map_bytes + 2 * kPage > arena + kArena) return false;
     void* at = reinterpret_cast<void*>(next_ + kPage);
-    if (mmap(at, map_bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, fd, kPage) == MAP_FAILED) return false;
+    if (mmap(at, map_bytes, protect_ ? PROT_NONE : PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, fd, kPage) == MAP_FAILED) return false;
     void* header = mmap(nullptr, kPage, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
     if (header == MAP_FAILED) return false;
     range.header = static_cast<Header*>(header);
@@ -173,6 +213,7 @@ class Memory {
   }
 
   std::map<uintptr_t, Range> ranges_;
-  uintptr_t arena_ = 0, next_ = 0;
+  uintptr_t next_ = 0;
+  const bool protect_ = setting("SIMULATED_CUDA_PROTECT", 1) != 0;
   uint64_t ids_ = 0;
 };
