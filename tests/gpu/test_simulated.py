@@ -459,7 +459,10 @@ extern "C" __global__ void lanes(int* out) {
     mine[0] = __shfl_sync(0xffffffffu, lane, 5, 8);
     mine[1] = __shfl_down_sync(0xffffffffu, lane, 3);
     mine[2] = __shfl_up_sync(0xffffffffu, lane, 3, 16);
-    mine[3] = __shfl_xor_sync(0xffffffffu, lane, 1);
+    __shared__ int column[32 * 256];
+    column[lane * 256] = lane;
+    __syncwarp();
+    mine[3] = column[(lane ^ 1) * 256];
 }
 
 extern "C" __global__ void diverging() {

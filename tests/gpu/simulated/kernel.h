@@ -33,8 +33,7 @@ double pow(double, double) noexcept;
 
 namespace simulated {
 
-// One machine word, so that many images fit into the static thread storage that dlopen has left.
-static thread_local Here* here __attribute__((tls_model("initial-exec"))) = nullptr;
+static thread_local Here* here = nullptr;
 
 template <bool B, class T, class F>
 struct Choose {
