@@ -475,6 +475,11 @@ extern "C" __global__ void waiting(int* out) {
     __syncthreads();
 }
 
+extern "C" __global__ void missing() {
+    if (threadIdx.x < 2) __syncwarp(0xfu);  // where are lanes 2 and 3?
+    __syncthreads();
+}
+
 extern "C" __global__ void unaligned(float* in) { in[0] = reinterpret_cast<float4*>(in + 1)->x; }
 extern "C" __global__ void one(const float* in) {
     if (in[0] == 1.0f) __trap();
@@ -543,6 +548,7 @@ def test_what_the_lanes_of_a_warp_tell_one_another() -> None:
     [
         ("diverging", "0", "threads wait at different __syncthreads"),
         ("waiting", "memory", "a lane that is not in its own mask"),
+        ("missing", "0", "no thread can go on"),
         ("unaligned", "memory", "misaligned address"),
         ("one", "memory + 60", "reads 4 bytes"),
         ("two", "memory + 56", "writes 8 bytes .* beyond the end of an allocation"),

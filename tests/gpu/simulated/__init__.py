@@ -20,6 +20,9 @@ A kernel's loads and stores are checked one by one: they are to device memory or
 and aligned, or the process ends with a text that names kernel, block, thread and address. Device memory that was not
 written holds bytes 0xCB, and so does dynamic shared memory.
 
+What takes memory away (cuMemFree, cuMemFreeHost, cuMemHostUnregister, cuIpcCloseMemHandle, cuModuleUnload) waits for
+all streams of the context first, as a real driver does or may: while a GPU hangs, none of them returns.
+
 Not modelled: speed; the legacy default stream's waiting for other streams (stream 0 is a stream like others); memory
 that several processes share on one device (each has its own); graphs, memory pools, managed memory, events between
 processes, GPUDirect, MPS.
@@ -197,7 +200,7 @@ def _run(arguments: list[str]) -> None:
 @functools.cache
 def compiler() -> str:
     """What compiles the driver and its kernels."""
-    compiler = shutil.which(os.environ.get("CXX", "g++"))
-    if compiler is None:
-        raise RuntimeError("the simulated driver needs g++ (or CXX)")
-    return compiler
+    found = shutil.which("g++") or shutil.which(os.environ.get("CXX", "c++"))
+    if found is None:
+        raise RuntimeError("the simulated driver needs g++")
+    return found

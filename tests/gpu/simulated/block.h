@@ -6,6 +6,7 @@
 #include <setjmp.h>
 #include <sys/mman.h>
 #include <ucontext.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cstdio>
@@ -35,8 +36,7 @@ class Block {
 
   void barrier(int line) {
     if (waiting_.empty()) line_ = line;
-    if (line_ != line)
-      fail(("threads wait at different __syncthreads: lines " + std::to_string(line_) + " and " + std::to_string(line)).c_str());
+    if (line_ != line) differ("threads wait at different __syncthreads: lines ", line_, line);
     waiting_.push_back(current_);
     if (release_block()) return;
     wait();
@@ -51,7 +51,7 @@ class Block {
       group.turn ^= 1;
       std::memset(group.slots[group.turn], kGarbage, sizeof(group.slots[0]));
     }
-    if (group.line != line) fail(("lanes of a warp wait at different lines: " + std::to_string(group.line) + " and " + std::to_string(line)).c_str());
+    if (group.line != line) differ("lanes of a warp wait at different lines: ", group.line, line);
     unsigned char* slots = group.slots[group.turn];
     if (bytes) std::memcpy(slots + lane * kSlot, mine, bytes);
     group.waiting.push_back(current_);
@@ -76,8 +76,9 @@ class Block {
   unsigned active() const { return alive_[current_->thread / kWarp]; }
 
   [[noreturn]] void fail(const char* text, const char* file = nullptr, int line = 0) {
-    std::fprintf(stderr, "simulated CUDA: kernel %s, block (%u, %u, %u), thread (%u, %u, %u): %s", name_, here.block.x, here.block.y,
-          here.block.z, here.thread.x, here.thread.y, here.thread.z, text);
+    const uint3 &block = here.block, &thread = here.thread;
+    std::fprintf(stderr, "simulated CUDA: kernel %s, block (%u, %u, %u), thread (%u, %u, %u): %s", name_, block.x, block.y, block.z,
+                 thread.x, thread.y, thread.z, text);
     if (file) std::fprintf(stderr, " at %s:%d", file, line);
     std::fputc('\n', stderr);
     std::abort();
@@ -105,6 +106,10 @@ class Block {
     std::vector<Fiber*> waiting;
     alignas(16) unsigned char slots[2][kWarp * kSlot];  // by turns: a lane reads while the next exchange begins
   };
+
+  [[noreturn]] void differ(const char* what, int one, int other) {
+    fail((what + std::to_string(one) + " and " + std::to_string(other)).c_str());
+  }
 
   unsigned flat(unsigned turn) const { return falling_ ? size_ - 1 - turn : turn; }
 
@@ -206,7 +211,7 @@ class Fibers {
       auto fiber = std::make_unique<Block::Fiber>();
       fiber->stack = mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
       if (fiber->stack == MAP_FAILED) std::abort();
-      mprotect(fiber->stack, 4096, PROT_NONE);
+      mprotect(fiber->stack, size_t(sysconf(_SC_PAGESIZE)), PROT_NONE);
       all_.push_back(std::move(fiber));
     }
     Block::Fiber* fiber = all_[number].get();
@@ -252,7 +257,8 @@ inline void Block::run(uint3 index, bool falling) {
     falling_ = !falling_;
     std::vector<Fiber*> now;
     now.swap(ready_);
-    std::sort(now.begin(), now.end(), [this](Fiber* a, Fiber* b) { return falling_ ? a->thread > b->thread : a->thread < b->thread; });
+    std::sort(now.begin(), now.end(), [](Fiber* a, Fiber* b) { return a->thread < b->thread; });
+    if (falling_) std::reverse(now.begin(), now.end());
     for (Fiber* fiber : now) resume(fiber);
   }
   for (unsigned i = 0; i < kCanary; ++i)

@@ -1,6 +1,5 @@
 // Device memory, host memory that the driver knows, and memory of other processes. Device memory is a memfd each, mapped into a
-// range of addresses that is used for nothing else, and never twice: a freed pointer is known as one, and a kernel that goes
-// beyond an allocation or uses a freed one ends in a SIGSEGV.
+// range of addresses that is used for nothing else, and never twice: a freed pointer is known as one.
 #pragma once
 
 #include <fcntl.h>
@@ -22,10 +21,10 @@
 
 enum class Kind { device, imported, pinned, registered };
 
-constexpr size_t kPage = 4096;
+inline const size_t kPage = size_t(sysconf(_SC_PAGESIZE));
 constexpr size_t kGranularity = 256;    // of cuMemAlloc: allocations do not start at pages, so that nobody relies on it
-constexpr unsigned char kUnset = 0xCB;  // what new device memory holds
-constexpr size_t kSetAtMost = 64 << 20;
+constexpr unsigned char kUnset = 0xCB;  // what new device memory holds ...
+constexpr size_t kSetAtMost = 64 << 20; // ... unless that would take too long
 
 // The first page of a device allocation's memfd; not part of what users see.
 struct Header {
@@ -34,7 +33,7 @@ struct Header {
   unsigned char id[16];
   std::atomic<int> importers[64];  // process ids
 };
-static_assert(sizeof(Header) <= kPage);
+static_assert(sizeof(Header) <= 4096);
 
 struct Handle {  // inside a CUipcMemHandle
   uint32_t magic;
@@ -85,7 +84,7 @@ class Memory {
     auto after = ranges_.lower_bound(pointer);
     return find(pointer) || (after != ranges_.end() && after->first < pointer + bytes);
   }
-  bool is_device(uintptr_t pointer) const { return pointer - arena < kArena; }
+  bool is_device(uintptr_t pointer) const { return arena && pointer - arena < kArena; }
   const std::map<uintptr_t, Range>& all() const { return ranges_; }
 
   Range* add(Range range) {
