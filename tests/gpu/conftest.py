@@ -11,6 +11,7 @@ from blsrdma.gpu.compiler import Compiled
 from blsrdma.gpu.device import open_device
 from blsrdma.ucx import native
 from tests.gpu import simulated
+from tests.gpu.memory import OnDevice
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -32,3 +33,12 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[cuda.Device]:
     before = simulated.complaints()
     yield open_device(0)
     assert simulated.complaints() == before
+
+
+@pytest.fixture
+def on(device: cuda.Device) -> Iterator[OnDevice]:
+    """Arrays on it."""
+    arrays = OnDevice(device)
+    yield arrays
+    assert device.synchronize(0, 10**10)
+    arrays.close()

@@ -11,6 +11,7 @@ import pytest
 from blsrdma.errors import CompileError
 from blsrdma.gpu import compiler, pooling
 from blsrdma.lookup_tables import FORMATS
+from dlrm.gpu import interaction
 
 try:
     from cuda.bindings import nvrtc
@@ -36,6 +37,21 @@ def test_pool(capability: compiler.Capability) -> None:
     for format_, weighted in (("fp32", False), ("fp32", True), ("fp16", False), ("int8", True)):
         image = compiler.nvrtc(pooling.SOURCE, pooling.defines(format_, weighted, 4), capability)
         check("pool", image, 80 if capability < (10, 0) else 128)
+
+
+@pytest.mark.parametrize("capability", GENERATIONS)
+def test_interaction(capability: compiler.Capability) -> None:
+    """As many registers as leave room for two blocks of 256 threads; the most common kernel has one warp in a block."""
+    image = compiler.nvrtc(interaction.SOURCE, interaction.defines(4, 4), capability)
+    check("dot", image, 128)
+    check("cat", image, 64)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", GENERATIONS)
+def test_interaction_of_every_size(capability: compiler.Capability) -> None:
+    for elements, tile in itertools.product((4, 1), (4, 2, 1)):
+        check("dot", compiler.nvrtc(interaction.SOURCE, interaction.defines(elements, tile), capability), 128)
 
 
 @pytest.mark.slow

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -17,45 +16,10 @@ from dlrm.data.batch import Batch
 from dlrm.placement import Piece
 from dlrm.shape import ModelShape
 from dlrm.tables import Tables
+from tests.gpu.memory import OnDevice
 from tests.lookup.bags import FORMATS, draw, pooled, rows, same_bits
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    from blsrdma._native import cuda
-
 SAMPLES = 11
-
-
-class OnDevice:
-    """Arrays copied to a device, and room on it; all of it stays until this goes."""
-
-    def __init__(self, device: cuda.Device) -> None:
-        self.device = device
-        self._kept: list[cuda.Memory] = []
-
-    def put(self, array: NDArray[np.generic] | torch.Tensor, offset: int = 0) -> int:
-        """The address of a copy, `offset` bytes behind one that is aligned."""
-        host = np.ascontiguousarray(array)
-        address = self.room(host.nbytes + offset) + offset
-        self.device.copy(address, host.ctypes.data, host.nbytes)
-        assert self.device.synchronize(0, 10**10)
-        return address
-
-    def room(self, size: int) -> int:
-        self._kept.append(self.device.memory(max(size, 16)))
-        return self._kept[-1].address
-
-    def floats(self, address: int, *sizes: int) -> torch.Tensor:
-        out = torch.empty(sizes)
-        self.device.copy(out.data_ptr(), address, out.nbytes)
-        assert self.device.synchronize(0, 10**10)
-        return out
-
-
-@pytest.fixture
-def on(device: cuda.Device) -> OnDevice:
-    return OnDevice(device)
 
 
 def together(on: OnDevice, bags: list[Bags], samples: int, relative: bool) -> GpuBags:
@@ -120,10 +84,23 @@ def wanted_of(tables: list[Rows], bags: list[Bags], means: list[bool]) -> torch.
 def test_the_cpus_bits(on: OnDevice, format_: RowFormat, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every format, with weights and without, sums and means, dims of all code paths, hot rows and cold ones; bags that
     a group of lanes has for itself, and stretches of several."""
+    check_bits(on, format_, (4, 12, 36, 64, 128, 200), monkeypatch)
+    if format_ == "fp32":
+        check_bits(on, format_, (6, 42), monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("format_", [format_ for format_ in FORMATS if format_ != "fp32"])
+def test_other_dims(on: OnDevice, format_: RowFormat, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Element by element: kernels that take g++ a second each."""
+    check_bits(on, format_, (6, 42, 130), monkeypatch)
+
+
+def check_bits(on: OnDevice, format_: RowFormat, dims: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(5)
     starts = [0, 0, 3, 8, 8, SAMPLES]
     choices = itertools.cycle(["all", "first", "map", "none"])
-    cases = itertools.product((4, 12, 36, 64, 128, 200, 6, 42), (False, True))
+    cases = itertools.product(dims, (False, True))
     for (dim, weighted), (warps, longest) in zip(cases, itertools.cycle(((1, 12), (1, 3), (8192, 12))), strict=False):
         monkeypatch.setattr(pooling, "WARPS_WANTED", warps)
         tables = [rows(t, int(rng.integers(1, 60)), dim, format_) for t in range(3)]

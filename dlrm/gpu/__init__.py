@@ -1,0 +1,1 @@
+"""DLRM on GPUs. Nothing here needs a GPU, or CUDA, to be imported."""
