@@ -14,6 +14,7 @@ results     what a run leaves, as JSON; report: its tables; plot: its picture; p
 environment the machine, versions and load that numbers belong to
 limits/     what the machine could do at best; stress (stress_rank in the ranks): random and verified; scale: many ranks
 delays      every system while ranks are delayed, next to the model: delay_report its tables, delay_plot its picture
+gpu/        tables and messages in GPU memory
 inference   a whole DLRM over ranks (inference_rank in the ranks), next to plain_dlrm, as anybody would write it;
             quiet: latencies while one rank has no arrivals
 """

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from bench import advise, alltoallv, delays, inference, large, lookups, parse, peers, quiet, report, scale, stress
+from bench.gpu import command as gpu
 from bench.limits import command as limits
 from bench.paper import command as paper
 from bench.publish import add_options, publish
@@ -26,6 +27,7 @@ start here:
   python -m bench paper --quick          all experiments, a quarter of an hour, and a report
   python -m bench limits                 what this machine could do at best
   python -m bench lookups --quick        lookups with a collective and without
+  python -m bench gpu --quick            tables and messages in GPU memory
   python -m bench stress --quick         random everything, verified
   python -m bench advise --help          which lag a job of yours should take
 Each command explains itself: python -m bench alltoallv --help
@@ -40,6 +42,7 @@ def main() -> int:
     alltoallv.add(commands)
     advise.add(commands)
     delays.add(commands)
+    gpu.add(commands)
     inference.add(commands)
     large.add(commands)
     lookups.add(commands)

@@ -1,0 +1,135 @@
+"""The part of `python -m bench gpu` about the whole model: MLPerf v1's shape, its tables scaled to memory.
+
+What each half costs is measured alone, by the same engine: the dense part with tables of one row, in as many processes
+as there are ranks, each with its part of every batch, so that nothing is exchanged; lookups and exchange with MLPs of
+one layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import count
+from typing import Any
+
+from bench.gpu import mps
+from bench.gpu.effort import Effort
+from bench.gpu.teams import team
+from bench.team import Team, TeamFailed
+
+DIM = 128
+BOTTOM, TOP = "13-512-256-128", "1024-1024-512-256-1"
+THIN_BOTTOM, THIN_TOP = "13-128", "1"
+# Rows of Criteo's Terabyte tables where at most 40 million are kept of each, as in MLPerf v1.
+ROWS = (39884406, 39043, 17289, 7420, 20263, 3, 7120, 1543, 63, 38532951, 2953546, 403346, 10, 2208, 11938, 155, 4, 976,
+        14, 39979771, 25641295, 39664984, 585935, 12972, 108, 36)  # fmt: skip
+MODELS = ("whole", "dense", "exchange")
+_RANK = "bench.gpu.dlrm_rank"
+_JOBS = count()
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of the table."""
+
+    name: str
+    model: str  # of MODELS
+    lag: int = 0
+    delay: str = "none"
+
+
+def entries(effort: Effort) -> list[Entry]:
+    """What is measured, in the order of the table."""
+    return [
+        Entry("dense alone", "dense"),
+        Entry("lookups and exchange alone", "exchange", effort.lag),
+        Entry("whole, lag 0", "whole"),
+        Entry(f"whole, lag {effort.lag}", "whole", effort.lag),
+        Entry("delayed, lag 0", "whole", 0, effort.delay),
+        Entry(f"delayed, lag {effort.lag}", "whole", effort.lag, effort.delay),
+    ]
+
+
+def scaled(room_bytes: int, rows: tuple[int, ...] = ROWS) -> tuple[int, ...]:
+    """The tables' rows, the large ones so much smaller that all fit into so many bytes."""
+    room, limit = room_bytes // (4 * DIM), max(rows)
+    while sum(min(each, limit) for each in rows) > room and limit > 1:
+        limit = limit * 9 // 10
+    return tuple(min(each, limit) for each in rows)
+
+
+def flags(effort: Effort, model: str, rows: tuple[int, ...], processes: int) -> list[str]:
+    """Those of `python -m dlrm`."""
+    bottom, top = (THIN_BOTTOM, THIN_TOP) if model == "exchange" else (BOTTOM, TOP)
+    sizes = (1,) * len(rows) if model == "dense" else rows
+    given: dict[str, object] = {
+        "device": effort.device, "arch-mlp-bot": bottom, "arch-mlp-top": top, "arch-sparse-feature-size": DIM,
+        "arch-embedding-size": "-".join(map(str, sizes)), "num-indices-per-lookup": 1,
+        "mini-batch-size": effort.batch // (processes if model == "dense" else 1), "num-batches": effort.batches,
+        "data-generation": "random", "placement": "greedy",
+    }  # fmt: skip
+    words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
+    return [*words, "--num-indices-per-lookup-fixed"]
+
+
+def measure(
+    effort: Effort, report: Callable[[str], None], keep: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:  # fmt: skip
+    """Rounds over the entries; with MPS where there is one. Raises TeamFailed."""
+    ranks, rows = effort.ranks[0], scaled(effort.dlrm_bytes)
+    found: dict[str, Any] = {
+        "rows": list(rows), "ranks": ranks, "runs": {}, "skipped": {}, "mps": False, "batch": effort.batch,
+        "batches": effort.batches, "lag": effort.lag, "delay": effort.delay,
+    }  # fmt: skip
+    with ExitStack() as stack:
+        environment: dict[str, str] = {}
+        try:
+            environment = stack.enter_context(mps.served())
+            found["mps"] = True
+        except mps.NoMps as reason:
+            found["skipped"]["MPS"] = str(reason)
+        servers = team(ranks, more=environment)
+        stack.callback(servers.close)
+        servers.ready()
+        for model in MODELS:
+            replies = servers.call(
+                "run", function=f"{_RANK}:load", prepare=effort.prepare, name=model, alone=model == "dense",
+                flags=flags(effort, model, rows, ranks), limit=effort.limit,
+            )  # fmt: skip
+            found["device"] = replies[0]["device"]
+            report(f"dlrm: {model}: loaded")
+        for repetition in range(effort.runs):
+            chosen = entries(effort)
+            for k in range(len(chosen)):
+                entry = chosen[(k + repetition) % len(chosen)]
+                values = _run(servers, entry, effort, digest=repetition == 0 and entry.model == "whole")
+                found["runs"].setdefault(entry.name, []).append(values)
+                report(f"dlrm: {entry.name}: {values['ms']:.3f} ms per iteration")
+            keep(found)
+    digests = {one["digest"] for runs in found["runs"].values() for one in runs if one["digest"]}
+    if len(digests) != 1:
+        raise TeamFailed(f"runs of the same batches have pooled other vectors: {sorted(digests)}")
+    return found
+
+
+def _run(servers: Team, entry: Entry, effort: Effort, digest: bool) -> dict[str, Any]:
+    """One run of an entry."""
+    if digest:  # apart from the time: it keeps what it pools
+        (checked, *_) = servers.call("run", function=f"{_RANK}:serve", name=entry.model, job=f"gpu-{next(_JOBS)}",
+                                     lag=entry.lag, delay="none", digest=True, limit=effort.limit)  # fmt: skip
+    replies = [
+        reply
+        for reply in servers.call(
+            "run", function=f"{_RANK}:serve", name=entry.model, job=f"gpu-{next(_JOBS)}", lag=entry.lag,
+            delay=entry.delay, digest=False, limit=effort.limit,
+        )
+        if reply
+    ]  # fmt: skip
+    return {
+        "ms": max(one["ms_per_iteration"] for one in replies), "p99": max(one["latency_ms"]["p99"] for one in replies),
+        "samples_per_s": sum(one["samples_per_s"] for one in replies), "floor_ms": replies[0]["floor_ms"],
+        "batches": replies[0]["batches"], "paths": replies[0]["bytes_by_path"], "lead": replies[0]["max_lead_seen"],
+        "table_bytes": sum(replies[0]["table_bytes"]), "phases_ms": replies[0]["phases_ms"],
+        "digest": checked["pooled_sha256"] if digest else None,
+    }  # fmt: skip

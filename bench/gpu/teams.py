@@ -1,0 +1,16 @@
+"""Ranks that use a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from bench import environment
+from bench.launchers import Interpreters, plan
+from bench.team import Team
+
+
+def team(ranks: int, runtime: str = "bls", more: Mapping[str, str] | None = None) -> Team:
+    """Started, with more in their environment, and not ready yet. Raises Unavailable."""
+    launch = plan(runtime, ranks, environment.cores(), Interpreters())
+    return Team(runtime, ranks, replace(launch, environment={**launch.environment, **(more or {})}))
