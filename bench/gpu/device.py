@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import time
 from collections.abc import Callable
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from blsrdma.errors import GpuError
 from blsrdma.gpu.device import open_device
@@ -88,6 +92,11 @@ def host_gbs(clock: Clock, size: int, repeat: int) -> list[float]:
     finally:
         source.close()
         target.close()
+
+
+def host_bytes(address: int, size: int) -> NDArray[np.uint8]:
+    """A view of host memory."""
+    return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
 
 
 def wall_ms(work: Callable[[], object]) -> float:

@@ -64,7 +64,8 @@ def flags(effort: Effort, model: str, rows: tuple[int, ...], processes: int) -> 
     bottom, top = (THIN_BOTTOM, THIN_TOP) if model == "exchange" else (BOTTOM, TOP)
     sizes = (1,) * len(rows) if model == "dense" else rows
     given: dict[str, object] = {
-        "device": effort.device, "arch-mlp-bot": bottom, "arch-mlp-top": top, "arch-sparse-feature-size": DIM,
+        **({} if effort.device == "cpu" else {"device": effort.device}), "arch-mlp-bot": bottom, "arch-mlp-top": top,
+        "arch-sparse-feature-size": DIM,
         "arch-embedding-size": "-".join(map(str, sizes)), "num-indices-per-lookup": 1,
         "mini-batch-size": effort.batch // (processes if model == "dense" else 1), "num-batches": effort.batches,
         "data-generation": "random", "placement": "greedy",

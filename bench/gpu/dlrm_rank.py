@@ -20,10 +20,9 @@ def load(
     runtime: Ours, _progress: Callable[[int], None], prepare: str, name: str, flags: list[str], alone: bool
 ) -> dict[str, Any]:
     """Build a rank's part of a model, or, `alone`, all of it in each process."""
-    options = parse(flags)
-    facts = {} if options.device == "cpu" else gpu.facts(gpu.opened(prepare, runtime.rank))
+    facts = gpu.facts(gpu.opened(prepare, runtime.rank)) if "cuda" in flags else {}
     rank, ranks = (0, 1) if alone else (runtime.rank, runtime.ranks)
-    _workers[name] = Worker(options, rank, ranks)
+    _workers[name] = Worker(parse(flags), rank, ranks)
     return {"device": facts}
 
 

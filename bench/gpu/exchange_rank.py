@@ -5,7 +5,6 @@ Commands are `load`, then for each size of messages `prepare`, any number of `bl
 
 from __future__ import annotations
 
-import ctypes
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
@@ -130,9 +129,7 @@ class Staged(Messages):
         super().__init__(runtime, clock, size)
         device = clock.device
         self.out, self._hosts = device.memory(self.total), [device.host_memory(self.total) for _ in range(2)]
-        self.host_send, self.host_out = (
-            np.frombuffer((ctypes.c_ubyte * self.total).from_address(host.host), np.uint8) for host in self._hosts
-        )
+        self.host_send, self.host_out = (gpu.host_bytes(host.host, self.total) for host in self._hosts)
         self.exchange_on_host = self._library(runtime)
 
     def _library(self, runtime: Any) -> Callable[[], object]:
@@ -190,7 +187,7 @@ class Nccl(Messages):
         if not dist.is_initialized():
             dist.init_process_group("nccl", store=dist.PrefixStore("nccl", runtime.store), rank=self.rank,
                                     world_size=self.ranks)  # fmt: skip
-        self._stream = torch.cuda.ExternalStream(clock.stream)
+        self._stream = torch.cuda.ExternalStream(clock.stream)  # type: ignore[no-untyped-call]
         self._given = torch.as_tensor(GpuArray(self.send.address, (self.total,), np.dtype(np.uint8)), device="cuda")
         self._taken = torch.empty_like(self._given)
 

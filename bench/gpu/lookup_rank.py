@@ -1,4 +1,4 @@
-"""Pooled lookups, in one rank: the same bags by blsrdma's kernel, torch.nn.EmbeddingBag and FBGEMM's TBE.
+"""Pooled lookups, in one rank: the same bags by blsrdma's kernel and by its peers (lookup_peers).
 
 The tables lie one after the other in one piece of GPU memory, which all but FBGEMM read; their contents repeat a block
 of random numbers, so that the host knows every row. Several batches take turns, so that no launch finds the rows of
@@ -7,8 +7,8 @@ the one before it in a cache more than serving would.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable
+from contextlib import ExitStack, closing
 from functools import partial
 from typing import Any
 
@@ -16,26 +16,42 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bench.gpu import device as gpu
+from bench.gpu import lookup_peers as peers
 from bench.gpu.device import Clock
 from bench.gpu.effort import Work
 from bench.systems.base import Runtime
-from blsrdma.gpu.arrays import GpuArray
 from blsrdma.gpu.pooling import GpuBags, GpuTable, PooledLookup, bytes_moved
 from blsrdma.ucx import native
-from dlrm.data.draws import UniformDraw, Zipf, parse
+from dlrm.data.draws import Zipf, parse
 
 BATCHES = 4
 CHECKED = 8  # samples of each table, every bit
 Launch = Callable[[int], object]  # of batch i modulo BATCHES
 
 
+class Room(ExitStack):
+    """What a case takes on the device, given back at its end."""
+
+    def __init__(self, clock: Clock) -> None:
+        super().__init__()
+        self.clock, self.device = clock, clock.device
+
+    def memory(self, size: int) -> native.cuda.Memory:
+        """In the device's memory."""
+        return self.enter_context(closing(self.device.memory(size)))
+
+    def host_memory(self, size: int) -> native.cuda.HostMemory:
+        """Page-locked."""
+        return self.enter_context(closing(self.device.host_memory(size)))
+
+
 class Tables:
     """All rows in GPU memory."""
 
-    def __init__(self, clock: Clock, work: Work) -> None:
-        device, self.work = clock.device, work
+    def __init__(self, room: Room, work: Work) -> None:
+        device, clock, self.work = room.device, room.clock, work
         self.block = np.random.default_rng(1).standard_normal(work.block, np.float32)
-        self.memory = device.memory(work.table_bytes)
+        self.memory = room.memory(work.table_bytes)
         device.copy(self.memory.address, self.block.ctypes.data, min(self.block.nbytes, work.table_bytes), clock.stream)
         done = self.block.nbytes
         while done < work.table_bytes:  # what is there already once more
@@ -53,37 +69,37 @@ class Tables:
 class Batch:
     """Indices and offsets of all tables, on the host and on the device. Indices are of the table, or of all rows."""
 
-    def __init__(self, clock: Clock, work: Work, indices: NDArray[np.int64]) -> None:
+    def __init__(self, room: Room, work: Work, indices: NDArray[np.int64]) -> None:
         self.indices = indices  # [tables, samples * pooling]
-        device, lookups = clock.device, indices.size
+        device, lookups = room.device, indices.size
         self.offsets = np.arange(0, lookups + 1, work.pooling, dtype=np.int64)  # of all tables, one list
         self.fused = indices + np.arange(work.tables, dtype=np.int64)[:, None] * work.rows
         self.distinct = sum(len(np.unique(each)) for each in indices)
-        self._kept = [device.memory(array.nbytes) for array in (indices, self.offsets, self.fused)]
-        for memory, array in zip(self._kept, (indices, self.offsets, self.fused), strict=True):
-            device.copy(memory.address, np.ascontiguousarray(array).ctypes.data, array.nbytes, clock.stream)
-        clock.settle()
-        self.at_indices, self.at_offsets, self.at_fused = (memory.address for memory in self._kept)
+        kept = [room.memory(array.nbytes) for array in (indices, self.offsets, self.fused)]
+        for memory, array in zip(kept, (indices, self.offsets, self.fused), strict=True):
+            device.copy(memory.address, array.ctypes.data, array.nbytes, room.clock.stream)
+        room.clock.settle()
+        self.at_indices, self.at_offsets, self.at_fused = (memory.address for memory in kept)
         self.bags = GpuBags(work.samples, self.at_indices, lookups, self.at_offsets, work.samples)
 
 
-def batches(clock: Clock, work: Work) -> list[Batch]:
+def batches(room: Room, work: Work) -> list[Batch]:
     """Drawn alike, each for itself."""
     draw, lengths = parse(work.draw), np.full(work.samples, work.pooling, np.int64)
     random = np.random.default_rng(2)
     return [
-        Batch(clock, work, np.stack([draw.rows(random, t, work.rows, lengths) for t in range(work.tables)]))
+        Batch(room, work, np.stack([draw.rows(random, t, work.rows, lengths) for t in range(work.tables)]))
         for _ in range(BATCHES)
     ]
 
 
-def ours(clock: Clock, tables: list[GpuTable], work: Work, given: list[Batch]) -> tuple[Launch, native.cuda.Memory]:
+def ours(room: Room, tables: list[GpuTable], work: Work, given: list[Batch]) -> tuple[Launch, native.cuda.Memory]:
     """The kernel, and where it writes: [samples, tables, dim]."""
-    lookup = PooledLookup(clock.device, tables, work.dim)
-    out = clock.device.memory(4 * work.samples * work.tables * work.dim)
+    lookup = room.enter_context(closing(PooledLookup(room.device, tables, work.dim)))
+    out, stream = room.memory(4 * work.samples * work.tables * work.dim), room.clock.stream
 
     def launch(i: int) -> None:
-        lookup.launch(given[i % BATCHES].bags, [out.address], [0, work.samples], clock.stream)
+        lookup.launch(given[i % BATCHES].bags, [out.address], [0, work.samples], stream)
 
     return launch, out
 
@@ -106,100 +122,42 @@ def checked(tables: Tables, batch: Batch, clock: Clock, out: native.cuda.Memory)
     return len(samples) * work.tables * work.dim * 4
 
 
-def torch_bags(clock: Clock, tables: Tables, given: list[Batch], fused: bool) -> Launch:
-    """torch.nn.EmbeddingBag of every table, or one over the rows of all, on our stream and our memory."""
-    import torch
-    from torch.nn.functional import embedding_bag
-
-    if not torch.cuda.is_available():
-        raise RuntimeError(f"torch {torch.__version__} has no CUDA here")
-    work, stream = tables.work, torch.cuda.ExternalStream(clock.stream)
-
-    def view(address: int, shape: tuple[int, ...], dtype: Any) -> torch.Tensor:
-        return torch.as_tensor(GpuArray(address, shape, np.dtype(dtype)), device="cuda")
-
-    weights = view(tables.memory.address, (work.tables * work.rows, work.dim), np.float32)
-    count = work.samples * work.pooling
-
-    def launch_fused(i: int) -> None:
-        batch = inputs[i % BATCHES]
-        with torch.cuda.stream(stream), torch.inference_mode():
-            embedding_bag(batch[0], weights, batch[1], mode="sum", include_last_offset=True)
-
-    def launch_each(i: int) -> None:
-        indices, offsets = inputs[i % BATCHES]
-        with torch.cuda.stream(stream), torch.inference_mode():
-            for t in range(work.tables):
-                embedding_bag(
-                    indices[t * count : (t + 1) * count], weights[t * work.rows : (t + 1) * work.rows], offsets,
-                    mode="sum", include_last_offset=True,
-                )  # fmt: skip
-
-    inputs = [
-        (view(batch.at_fused if fused else batch.at_indices, (work.tables * count,), np.int64),
-         view(batch.at_offsets, (work.tables * work.samples + 1 if fused else work.samples + 1,), np.int64))
-        for batch in given
-    ]  # fmt: skip
-    return launch_fused if fused else launch_each
-
-
-def fbgemm(clock: Clock, tables: Tables, given: list[Batch]) -> Launch:
-    """FBGEMM's table-batched kernel for inference, fp32 rows, weights of its own."""
-    import torch
-    from fbgemm_gpu.split_embedding_configs import SparseType
-    from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation
-    from fbgemm_gpu.split_table_batched_embeddings_ops_inference import IntNBitTableBatchedEmbeddingBagsCodegen
-
-    work, stream = tables.work, torch.cuda.ExternalStream(clock.stream)
-    specs = [(str(t), work.rows, work.dim, SparseType.FP32, EmbeddingLocation.DEVICE) for t in range(work.tables)]
-    kernel = IntNBitTableBatchedEmbeddingBagsCodegen(specs, output_dtype=SparseType.FP32, device="cuda")
-    kernel.fill_random_weights()
-    inputs = [(torch.from_numpy(batch.indices.reshape(-1)).int().cuda(), torch.from_numpy(batch.offsets).int().cuda())
-              for batch in given]  # fmt: skip
-
-    def launch(i: int) -> None:
-        with torch.cuda.stream(stream), torch.inference_mode():
-            kernel(*inputs[i % BATCHES])
-
-    return launch
-
-
 def measure(
     _runtime: Runtime, progress: Callable[[int], None], prepare: str, work: dict[str, Any], repeat: int, ms: float,
     copy_bytes: int,
 ) -> dict[str, Any]:  # fmt: skip
     """Every kernel on the same bags: ms of each repetition, which go round the kernels."""
+    peers.forget()
     clock, job = Clock(gpu.opened(prepare)), Work(**work)
     copies = gpu.copy_gbs(clock, copy_bytes, repeat)
-    tables = Tables(clock, job)
-    given = batches(clock, job)
-    size = job.rows * job.dim * 4
-    launch, out = ours(clock, [GpuTable(t, job.rows, tables.memory.address + t * size) for t in range(job.tables)],
-                       job, given)  # fmt: skip
-    launch(0)
-    verified = checked(tables, given[0], clock, out)
-    chosen: dict[str, Launch] = {"blsrdma": launch}
-    skipped = {}
-    for name, make in (
-        ("torch, a bag per table", partial(torch_bags, clock, tables, given, fused=False)),
-        ("torch, one over all", partial(torch_bags, clock, tables, given, fused=True)),
-        ("FBGEMM TBE", partial(fbgemm, clock, tables, given)),
-    ):
-        try:
-            made = make()
-            made(0)
-            clock.settle()
-            chosen[name] = made
-        except Exception as error:  # a peer that is not there, or has no memory left
-            skipped[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-    samples = rounds(clock, chosen, repeat, ms, progress)
-    lookups = given[0].indices.size
+    with Room(clock) as room:
+        tables, given = Tables(room, job), batches(room, job)
+        size = job.rows * job.dim * 4
+        everything = [GpuTable(t, job.rows, tables.memory.address + t * size) for t in range(job.tables)]
+        launch, out = ours(room, everything, job, given)
+        launch(0)
+        verified = checked(tables, given[0], clock, out)
+        chosen, skipped = {"blsrdma": launch}, {}
+        for name, make in (
+            ("torch, a bag per table", partial(peers.torch_bags, fused=False)),
+            ("torch, one over all", partial(peers.torch_bags, fused=True)),
+            ("FBGEMM TBE", peers.fbgemm),
+        ):
+            try:
+                made = make(clock.stream, job, tables.memory.address, given)
+                made(0)
+                clock.settle()
+                chosen[name] = made
+            except Exception as error:  # a peer that is not there, or has no memory left
+                skipped[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+        samples = rounds(clock, chosen, repeat, ms, progress)
+        launch(1)
+        verified += checked(tables, given[1], clock, out)
+    lookups, bags = given[0].indices.size, job.samples * job.tables
     distinct = round(float(np.mean([batch.distinct for batch in given])))
-    bags = job.samples * job.tables
     return {
-        "device": gpu.facts(clock.device), "copy_gbs": copies, "ms": samples, "skipped": skipped, "verified": verified,
-        "distinct": distinct, "lookups": lookups,
-        "must_bytes": bytes_moved("fp32", job.dim, lookups, bags, distinct=distinct),
+        "copy_gbs": copies, "ms": samples, "skipped": skipped, "verified": verified, "distinct": distinct,
+        "lookups": lookups, "must_bytes": bytes_moved("fp32", job.dim, lookups, bags, distinct=distinct),
         "gathered_bytes": bytes_moved("fp32", job.dim, lookups, bags),
     }  # fmt: skip
 
@@ -227,50 +185,45 @@ def tiers(
 
     shares: of the lookups that are to find their row hot.
     """
+    peers.forget()
     clock, job = Clock(gpu.opened(prepare)), Work(**work)
-    device, row = clock.device, job.dim * 4
     host_copies = gpu.host_gbs(clock, copy_bytes, repeat)
-    tables = Tables(clock, job)
     draw, lengths = parse(job.draw), np.full(job.samples, job.pooling, np.int64)
-    assert isinstance(draw, Zipf | UniformDraw)
     random = np.random.default_rng(3)
 
     def ranks(table: int) -> NDArray[np.int64]:  # row 0 is the hottest
-        if isinstance(draw, UniformDraw):
-            return draw.rows(random, table, job.rows, lengths)
-        return draw.ranks(random.random(int(lengths.sum())), job.rows)
+        if isinstance(draw, Zipf):
+            return draw.ranks(random.random(int(lengths.sum())), job.rows)
+        return draw.rows(random, table, job.rows, lengths)
 
-    given = [Batch(clock, job, np.stack([ranks(t) for t in range(job.tables)])) for _ in range(BATCHES)]
-    found: list[dict[str, Any]] = []
-    chosen: dict[str, Launch] = {}
+    row = job.dim * 4
     size = job.rows * row
-    launch, _ = kept = ours(
-        clock, [GpuTable(t, job.rows, tables.memory.address + t * size) for t in range(job.tables)], job, given
-    )
-    keep: list[Any] = [kept]
-    chosen["all"] = launch
-    drawn = np.concatenate([batch.indices.reshape(-1) for batch in given])
-    for share in shares:
-        hot = int(min(job.rows - 1, np.quantile(drawn, share) + 1))
-        cold_bytes = (job.rows - hot) * row
-        cold = device.host_memory(job.tables * cold_bytes)
-        keep.append(cold)
-        split = []
-        for t in range(job.tables):
-            source = np.frombuffer((ctypes.c_char * cold_bytes).from_address(cold.host + t * cold_bytes), np.uint8)
-            device.copy(source.ctypes.data, tables.memory.address + t * size + hot * row, cold_bytes, clock.stream)
-            # Its address as if the hot rows were there, too: only those from `hot` on are read.
-            split.append(GpuTable(t, job.rows, tables.memory.address + t * size, hot_rows=hot,
-                                  cold=cold.address + t * cold_bytes - hot * row))  # fmt: skip
-        clock.settle()
-        launch, out = ours(clock, split, job, given)
-        launch(0)
-        verified = checked(tables, given[0], clock, out)
-        keep.append(out)
-        chosen[f"{share:g}"] = launch
-        found.append({
-            "share": share, "hot_rows": hot, "cold_bytes": int(job.tables * cold_bytes), "verified": verified,
-            "hot": float((drawn < hot).mean()), "cold_read": int((drawn >= hot).sum() // BATCHES * row),
-        })  # fmt: skip
-    samples = rounds(clock, chosen, repeat, ms, progress)
+    found: list[dict[str, Any]] = []
+    with Room(clock) as room:
+        tables = Tables(room, job)
+        given = [Batch(room, job, np.stack([ranks(t) for t in range(job.tables)])) for _ in range(BATCHES)]
+        drawn = np.concatenate([batch.indices.reshape(-1) for batch in given])
+        base = [tables.memory.address + t * size for t in range(job.tables)]
+        launch, _ = ours(room, [GpuTable(t, job.rows, base[t]) for t in range(job.tables)], job, given)
+        chosen = {"all": launch}
+        for share in shares:
+            hot = int(min(job.rows - 1, np.quantile(drawn, share) + 1))
+            cold_bytes = (job.rows - hot) * row
+            cold = room.host_memory(job.tables * cold_bytes)
+            split = []
+            for t in range(job.tables):
+                clock.device.copy(cold.host + t * cold_bytes, base[t] + hot * row, cold_bytes, clock.stream)
+                # The address as if the hot rows were in host memory, too: only those from `hot` on are read there.
+                at = cold.address + t * cold_bytes - hot * row
+                split.append(GpuTable(t, job.rows, base[t], hot_rows=hot, cold=at))
+            clock.settle()
+            launch, out = ours(room, split, job, given)
+            launch(0)
+            chosen[f"{share:g}"] = launch
+            found.append({
+                "share": share, "hot": float((drawn < hot).mean()), "hot_rows": hot, "cold_bytes": cold.size,
+                "cold_read": int((drawn >= hot).sum()) // BATCHES * row,
+                "verified": checked(tables, given[0], clock, out),
+            })  # fmt: skip
+        samples = rounds(clock, chosen, repeat, ms, progress)
     return {"tiers": found, "ms": samples, "host_gbs": host_copies, "work": work}

@@ -91,7 +91,7 @@ def tiers(part: Values) -> Table:
     table = Table(
         f"Two tiers: {work['tables']} tables of {work['rows']:,} rows, {work['draw']}; hot rows on the GPU, the others "
         "in page-locked host memory",
-        ["lookups that are hot", "hot rows", "in host memory", "ms", "time / all on the GPU", "GB/s from there", "of copy"],
+        ["lookups that are hot", "hot rows", "host memory", "ms", "time / all on the GPU", "GB/s from it", "of copy"],
         notes=[f"Of copy: of a copy from host memory to the GPU ({host:.1f} GB/s)."],
     )  # fmt: skip
     table.rows.append(["all", f"{work['rows']:,}", "0", f"{median(base):.3f} {_spread(base)}", "1.00", "", ""])
@@ -164,7 +164,7 @@ def dlrm(part: Values) -> Table:
         f"DLRM of MLPerf v1's shape, {part['ranks']} ranks on one GPU, {'with' if part['mps'] else 'without'} MPS: "
         f"batch {part['batch']:,}, tables of {sum(part['rows']):,} rows x 128 fp32",
         ["<", "samples/s", "p99 ms", "ms per iteration", "time / larger half", "time / floor"],
-        notes=[f"Medians of {runs} runs of {part['batches']} batches ± half the interquartile range, by the host's clock.",
+        notes=[f"Medians of {runs} runs of {part['batches']} batches ± half the interquartile range, host's clock.",
                "Dense alone: tables of one row; nothing is exchanged. Lookups and exchange alone: MLPs of one layer.",
                f"Delayed: {part['delay']}. Floor: what the ranks' own work and delays must take at that lag."],
     )  # fmt: skip

@@ -1,0 +1,246 @@
+"""`python -m bench gpu`: its code on the simulated device, where no number means anything, and its tables."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import bench.rank
+from bench.control import ADDRESS
+from bench.gpu import command, dlrm, exchange, lookup, mps, report
+from bench.gpu.effort import Effort
+from bench.launchers import Unavailable
+from bench.team import Team
+from blsrdma.gpu.device import unavailable
+from tests.ranks import run_ranks
+
+ROOT = Path(__file__).resolve().parents[2]
+TOY = Effort(
+    prepare="tests.bench.gpu_device:simulate", repeat=2, copy_bytes=1 << 14, rows=60, tables=2, dim=8, pooling=3,
+    samples=12, block=501, draws=("zipf:s=1.05",), hot_shares=(0.7,), tier_rows=60, kernel_ms=0.01, ranks=(2,),
+    sizes=(4096,), lags=(0, 1), block_seconds=0.001, device="cpu", dlrm_bytes=1 << 20, batch=32, batches=6, lag=1,
+    delay="exp:p=0.5,mean=1ms", runs=2,
+)  # fmt: skip
+
+
+def be_a_rank(rank: int, ranks: int, store: Any, address: str, more: dict[str, str]) -> None:
+    """`python -m bench.rank bls`."""
+    os.environ.update(more, **{ADDRESS: address})
+    sys.argv = ["rank", "bls"]
+    bench.rank.main()
+
+
+class Forked(Team):
+    """A team whose ranks start in no time, as those of tests.ranks."""
+
+    def __init__(self, ranks: int, runtime: str = "bls", more: dict[str, str] | None = None) -> None:
+        if runtime != "bls":
+            raise Unavailable(f"no {runtime} in this test")
+        self.runtime, self.ranks, self.versions = runtime, ranks, {}
+        self._lines, self._processes = [], []
+        self._folder = tempfile.TemporaryDirectory(prefix="bench-")
+        address = str(Path(self._folder.name) / "control")
+        self._log = Path(self._folder.name) / "log"
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._listener.bind(address)
+        self._listener.listen(ranks)
+        arguments: dict[str, Any] = {"env": {"GLOO_SOCKET_IFNAME": "lo"}, "check": False}
+        self._ranks = threading.Thread(target=run_ranks, args=(be_a_rank, ranks, address, more or {}), kwargs=arguments)
+        self._ranks.start()
+
+    def _end(self) -> None:
+        super()._end()
+        self._ranks.join(30)
+        assert not self._ranks.is_alive()
+
+
+@pytest.fixture(autouse=True)
+def _forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    for part in (lookup, exchange, dlrm):
+        monkeypatch.setattr(part, "team", Forked)
+    monkeypatch.setattr(mps, "COMMAND", "no-such-command")
+
+
+def quiet(_: str) -> None: ...
+
+
+def kept() -> tuple[list[Any], Any]:
+    seen: list[Any] = []
+    return seen, lambda found: seen.append(json.loads(json.dumps(found)))
+
+
+def options(**given: Any) -> argparse.Namespace:
+    return argparse.Namespace(**{"parts": [], "json": None, "document": None, "markdown": True, **given})
+
+
+def made_up(seconds: float = 1.0) -> dict[str, Any]:
+    """Parts with round numbers: a copy reaches 1000 GB/s."""
+    facts = {"date": "today", "commit": "abc", "cpu": "a CPU", "cores": 4, "busy_before": 0.0}
+    card = {"name": "a GPU", "total_bytes": 80 << 30, "driver": 13000}
+    work = {"tables": 26, "rows": 1000, "dim": 128, "pooling": 20, "samples": 8192, "draw": "zipf:s=1.05"}
+    common = {"environment": facts, "device": card, "seconds": 9.0}
+    case = {
+        "copy_gbs": [1000.0] * 3, "ms": {"blsrdma": [1.0 * seconds] * 3, "torch, one over all": [2.0] * 3},
+        "skipped": {"FBGEMM TBE": "ModuleNotFoundError: No module named 'fbgemm_gpu'"}, "must_bytes": 8 * 10**8,
+        "gathered_bytes": 2 * 10**9, "work": work,
+    }  # fmt: skip
+    tier = {"share": 0.9, "hot": 0.91, "hot_rows": 10, "cold_bytes": 1 << 30, "cold_read": 10**8, "verified": 1}
+    run = {
+        "ranks": 2, "mps": False, "bytes": 16 << 20, "copy_gbs": [1000.0],
+        "ms": {"ipc 0": [0.1 * seconds] * 3, "ipc 4": [0.2] * 3, "staged 4": [1.0] * 3, "gloo": [0.6] * 3},
+        "facts": {"ipc 0": {"paths": ["ipc"]}, "staged 4": {"paths": ["staged"]}, "gloo": {}}, "checked": 1,
+    }  # fmt: skip
+    row = {"samples_per_s": 1e6, "p99": 2.0, "floor_ms": 10.0, "batches": 10, "digest": None}
+    runs = {
+        "dense alone": [{**row, "ms": 0.5, "floor_ms": None}], "lookups and exchange alone": [{**row, "ms": 1.0}],
+        "whole, lag 4": [{**row, "ms": 1.05 * seconds}], "delayed, lag 0": [{**row, "ms": 3.0}],
+        "delayed, lag 4": [{**row, "ms": 1.1 * seconds}],
+    }  # fmt: skip
+    return {
+        "lookup": {**common, "cases": {"zipf:s=1.05": case}, "tiers": {
+            "tiers": [tier], "ms": {"all": [1.0], "0.9": [2.0]}, "host_gbs": [100.0], "work": work}},
+        "exchange": {**common, "runs": [run], "skipped": {"MPS": "there is none"},
+                     "nccl": {"works": False, "why": "Duplicate GPU detected"}},
+        "dlrm": {**common, "ranks": 2, "rows": [5, 6], "runs": runs, "skipped": {}, "mps": False, "batch": 64,
+                 "batches": 10, "lag": 4, "delay": "exp:p=0.1,mean=2ms"},
+    }  # fmt: skip
+
+
+def rows(table: Any) -> dict[str, list[str]]:
+    return {row[0]: list(row[1:]) for row in table.rows}
+
+
+def test_goals_are_told_in_words() -> None:
+    good = rows(report.goals(made_up()))
+    assert good["pooled lookup, zipf: bytes that must move / copy"] == [">= 0.8", "0.80", "reached"]
+    assert good["pooled lookup: speed / FBGEMM TBE"][-1] == "not measured: FBGEMM is not installed"
+    where = "exchange, 2 ranks, 16 MiB per pair, without MPS"  # 2 x 2 x 16 MiB in 0.1 ms
+    assert good[f"{where}: bandwidth / copy"] == [">= 0.6", "0.67", "reached"]
+    assert good[f"{where}: speed / gloo"] == [">= 5", "6.00", "reached"]
+    assert good["DLRM: iteration / the larger of its halves alone"] == ["<= 1.1", "1.05", "reached"]
+    assert good["DLRM, delayed: iteration / floor at that lag"] == ["<= 1.15", "1.10", "reached"]
+    bad = rows(report.goals(made_up(1.3)))
+    assert [row[-1] for row in bad.values()].count("missed") == 5
+    assert {row[-1] for row in rows(report.goals({})).values()} == {"not measured"}
+
+
+def test_tables() -> None:
+    parts = made_up()
+    texts = [table.markdown() for table in report.tables(parts)]
+    assert "| zipf:s=1.05 | blsrdma | 1.000 ±0% | 800 | 0.80 | 2,000 | 2.00 |" in texts[0]
+    assert "| zipf:s=1.05 | torch, one over all | 2.000 ±0% | 400 | 0.40 | 1,000 | 1.00 | 2.0 (2.0–2.0) |" in texts[0]
+    assert "| 91.0% | 10 | 1.0 GiB | 2.000 ±0% | 2.0 (2.0–2.0) | 50.0 | 0.50 |" in texts[1]
+    assert "| 16.0 MiB | 100 ±0% | 200 ±0% | 1,000 ±0% | 600 ±0% | 0.671 (ipc, lag 0) | 6.0 (6.0–6.0) |" in texts[2]
+    assert "| whole, lag 4 | 1,000,000 ±0% | 2.00 | 1.050 | 1.05 (1.05–1.05) | 1.05 |" in texts[3]
+    said = report.about(parts)
+    assert "NCCL between ranks on one GPU is not measurable: Duplicate GPU detected" in said
+    assert "left out: MPS: there is none" in said
+    assert "lookup: today, commit abc, a GPU (80.0 GiB, CUDA 13.0), a CPU, 4 cores; took 9 s" in said
+    assert len(report.tables({})) == 1
+
+
+def test_lookups() -> None:
+    seen, keep = kept()
+    found = lookup.measure(TOY, quiet, keep)
+    case = found["cases"]["zipf:s=1.05"]
+    assert case["verified"] > 0 and case["lookups"] == 72 and 0 < case["distinct"] <= 72
+    assert len(case["ms"]["blsrdma"]) == len(case["copy_gbs"]) == 2
+    assert "has no CUDA here" in case["skipped"]["torch, a bag per table"] and "FBGEMM TBE" in case["skipped"]
+    (tier,) = found["tiers"]["tiers"]
+    assert 0.5 < tier["hot"] < 1 and 0 < tier["hot_rows"] < 60 and tier["verified"] > 0
+    assert set(found["tiers"]["ms"]) == {"all", "0.7"}
+    assert seen[0]["cases"]
+
+
+def test_exchanges() -> None:
+    seen, keep = kept()
+    found = exchange.measure(TOY, quiet, keep)
+    (run,) = found["runs"]
+    assert {"ipc 0", "ipc 1", "staged 0", "staged 1", "gloo"} <= set(run["ms"])
+    assert all(len(samples) == 2 for samples in run["ms"].values())
+    assert run["facts"]["ipc 1"]["paths"] == ["ipc"] and run["facts"]["staged 0"]["paths"] == ["staged"]
+    assert run["checked"] >= 2 * 3 * 4096 * 2 * 5  # before and after, iterations, bytes, ranks, systems
+    assert not found["nccl"]["works"] and found["nccl"]["why"]
+    assert found["skipped"]["MPS"] == "there is no no-such-command here"
+    assert seen[-1]["runs"]
+
+
+def test_dlrm() -> None:
+    found = dlrm.measure(TOY, quiet, lambda _: None)
+    assert set(found["runs"]) == {entry.name for entry in dlrm.entries(TOY)}
+    assert all(len(runs) == 2 for runs in found["runs"].values())
+    assert min(run["ms"] for runs in found["runs"].values() for run in runs) > 0
+    assert sum(run["digest"] is not None for runs in found["runs"].values() for run in runs) == 4  # of the whole
+
+
+def test_rows_are_scaled() -> None:
+    rows_ = dlrm.scaled(8 << 30)
+    assert len(rows_) == 26 and 0.8 * (8 << 30) < sum(rows_) * 512 <= 8 << 30
+    assert rows_[5] == 3 and rows_[0] == rows_[19]
+    assert dlrm.scaled(1 << 50) == dlrm.ROWS
+
+
+def test_a_part_that_fails_does_not_stop_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def failing(*_: Any) -> Any:
+        raise command.TeamFailed("rank 1 is gone")
+
+    def working(_effort: Effort, _report: Any, keep: Any) -> Any:
+        keep({"half": True})
+        written.append(path.read_text())
+        return made_up()["exchange"]
+
+    written: list[str] = []
+    path = tmp_path / "out" / "gpu.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps({"parts": {"dlrm": made_up()["dlrm"]}}))  # of an earlier run
+    monkeypatch.setattr(command, "_PARTS", {"lookup": failing, "exchange": working})
+    assert command.measure(options(parts=["lookup", "exchange"], json=path), Effort()) == 1
+    told = capsys.readouterr()
+    assert "lookup failed: rank 1 is gone" in told.err
+    assert "All-to-all of 2 ranks" in told.out and "DLRM of MLPerf" in told.out
+    assert json.loads(written[0])["parts"]["exchange"]["half"]  # before it was done
+    assert set(json.loads(path.read_text())["parts"]) == {"exchange", "dlrm"}
+    with pytest.raises(ValueError, match="not published"):
+        command.measure(options(parts=["exchange"], document=(path, "gpu")), TOY)
+
+
+def test_mps_that_does_not_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    refusing = tmp_path / "mps"
+    refusing.write_text("#!/bin/sh\necho no permission >&2\nexit 1\n")
+    refusing.chmod(0o755)
+    monkeypatch.setattr(mps, "COMMAND", str(refusing))
+    with pytest.raises(mps.NoMps, match="no permission"), mps.served():
+        pass
+
+
+def test_mps_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = tmp_path / "mps"
+    server.write_text(f'#!/bin/sh\n[ "$1" = -d ] && echo "$CUDA_MPS_PIPE_DIRECTORY" || cat >{tmp_path}/said\n')
+    server.chmod(0o755)
+    monkeypatch.setattr(mps, "COMMAND", str(server))
+    with mps.served() as environment:
+        assert set(environment) == {"CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_LOG_DIRECTORY"}
+        assert not (tmp_path / "said").exists()
+    assert (tmp_path / "said").read_text() == "quit\n"
+
+
+@pytest.mark.skipif(not unavailable(), reason="there is a GPU here: ci/gpu runs it")
+def test_without_a_gpu_the_commands_end_at_once() -> None:
+    for words in ([sys.executable, "-m", "bench", "gpu"], ["bash", "ci/gpu"], ["bash", "ci/gpu", "lookup", "dlrm"]):
+        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+        assert done.stdout.count("\n") == 1 and "nothing ran: " in done.stdout and not done.stderr
+    for words in (["bash", "ci/gpu", "looup"], [sys.executable, "-m", "bench", "gpu", "looup"]):
+        refused = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=60)
+        assert refused.returncode == 2 and "looup" in refused.stderr
