@@ -1,7 +1,7 @@
 """`python -m blsrdma`: commands for people who run exchanges.
 
-What `info` has to try out (UCX, and writing another process's memory) it tries in a process of its own, by the hidden
-command `try`: UCX may abort, and importing ucxx changes the environment, which is to be shown as the user left it.
+What `info` has to try out (UCX, GPUs, and writing another process's memory) it tries in a process of its own, by the
+hidden command `try`: UCX may abort, and importing ucxx changes the environment, which is shown as the user left it.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import numpy as np
 
 from blsrdma import check, trace
 from blsrdma.errors import BlsrdmaError
+from blsrdma.gpu import look
 from blsrdma.info import Line, examine, this_machine
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ def _range(text: str) -> tuple[int, int]:
 
 
 def _info(given: argparse.Namespace) -> int:
-    lines = examine(this_machine(given.ranks, try_ucx, try_cma))
+    lines = examine(this_machine(given.ranks, try_ucx, try_cma, try_gpu))
     problems = sum(line.verdict == "problem" for line in lines)
     if given.json:
         print(json.dumps({"problems": problems, "lines": [asdict(line) for line in lines]}, indent=2))
@@ -178,6 +179,16 @@ def try_cma() -> str:
     return str(answer["error"]) or ("" if target.raw == b"blsrdma!" else "process_vm_writev wrote nothing")
 
 
+def try_gpu() -> dict[str, Any]:
+    """What GPUs there are, and what they can; see blsrdma.gpu.look. `error` where there is no driver, or it fails."""
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError as error:
+        return {"error": f"no driver ({error}): no GPU is used"}
+    answer, _, ended = _apart("gpu")
+    return answer or {"error": f"its trial {ended}"}
+
+
 def _apart(*what: object, environment: Mapping[str, str] | None = None) -> tuple[dict[str, Any] | None, str, str]:
     """Runs a trial in a process of its own: its answer, what was printed besides, how it ended."""
     package = str(Path(__file__).resolve().parent.parent)
@@ -235,7 +246,20 @@ def _cma_here(pid: int, address: int) -> dict[str, str]:
     return {"error": ""}
 
 
-_TRIALS: dict[str, Callable[..., dict[str, Any]]] = {"ucx": _ucx_here, "cma": _cma_here}
+def _gpu_here() -> dict[str, Any]:
+    def maps(handle: int) -> str:
+        answer, _, ended = _apart("gpu-map", handle)
+        return f"the trial {ended}" if answer is None else str(answer["error"])
+
+    try:
+        return look.here(maps)
+    except ImportError as error:
+        return {"error": str(error)}
+
+
+_TRIALS: dict[str, Callable[..., dict[str, Any]]] = {
+    "ucx": _ucx_here, "cma": _cma_here, "gpu": _gpu_here, "gpu-map": look.maps,
+}  # fmt: skip
 
 
 # --- trace

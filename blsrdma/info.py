@@ -62,6 +62,7 @@ class Machine:
     namespaces: Mapping[str, str]
     ucx: Mapping[str, Any] = field(default_factory=dict)  # what try_ucx() in blsrdma/__main__.py answers
     cma: str = ""  # why one process cannot write another's memory; "": it can
+    gpu: Mapping[str, Any] = field(default_factory=dict)  # what try_gpu() there answers
 
     def settings(self) -> Settings:
         """Those of the environment; the defaults where it is wrong."""
@@ -77,8 +78,13 @@ class Machine:
         return WindowGeometry(self.ranks, windows, chosen.window_bytes, chosen.copy_self).arena_bytes
 
 
-def this_machine(ranks: int | None, ucx: Callable[[int], Mapping[str, Any]], cma: Callable[[], str]) -> Machine:
-    """Look at this machine; `ucx`, called with a size for windows, and `cma` try what has to be tried."""
+def this_machine(
+    ranks: int | None,
+    ucx: Callable[[int], Mapping[str, Any]],
+    cma: Callable[[], str],
+    gpu: Callable[[], Mapping[str, Any]],
+) -> Machine:
+    """Look at this machine; `ucx`, called with a size for windows, `cma` and `gpu` try what has to be tried."""
     exempt = int(_search(r"CapEff:\s*(\w+)", _read("/proc/self/status")) or "0", 16) >> 14 & 1  # CAP_IPC_LOCK
     shm = os.statvfs("/dev/shm") if os.access("/dev/shm", os.W_OK) else None
     ports = sorted(Path("/sys/class/infiniband").glob("*/ports/*"))
@@ -93,12 +99,12 @@ def this_machine(ranks: int | None, ucx: Callable[[int], Mapping[str, Any]], cma
         ports={f"{p.parts[-3]}:{p.name}": f"{_read(f'{p}/state')}, {_read(f'{p}/link_layer')}" for p in ports},
         namespaces={name: str(Path(f"/proc/self/ns/{name}").readlink()) for name in _OF_THE_HOST},
     )
-    return replace(untried, ucx=ucx(min(untried.arena_bytes(), 64 << 20)), cma=cma())
+    return replace(untried, ucx=ucx(min(untried.arena_bytes(), 64 << 20)), cma=cma(), gpu=gpu())
 
 
 def examine(machine: Machine) -> list[Line]:
     """All checks, in the order in which they are shown."""
-    return [line for check in (_versions, _transports, _resources, _settings) for line in check(machine)]
+    return [line for check in (_versions, _transports, _gpus, _resources, _settings) for line in check(machine)]
 
 
 # --- the checks
@@ -160,6 +166,30 @@ def _transports(machine: Machine) -> Iterator[Line]:
         yield Line(at, "RDMA", "no InfiniBand or RoCE device here")
     gpu = [name for name in devices if re.match(r"cuda|gdr|rocm|ze_", name)]
     yield Line(at, "GPU", ", ".join(gpu) or "none that UCX sees", data=gpu)
+
+
+def _gpus(machine: Machine) -> Iterator[Line]:
+    gpu, at = machine.gpu, "GPUs"
+    if "driver" not in gpu:
+        yield Line(at, "CUDA", gpu.get("error", "not looked for"))
+        return
+    devices = gpu["devices"]
+    version = f"{gpu['driver'] // 1000}.{gpu['driver'] % 1000 // 10}"
+    seen = f"{len(devices) or 'no'} GPU{'s' * (len(devices) != 1)}"
+    yield Line(at, "CUDA", f"the driver is for CUDA {version}, and sees {seen}", data=gpu["driver"])
+    for number, each in enumerate(devices):
+        capability = ".".join(map(str, each["capability"]))
+        memory = f"{format_size(each['total_bytes'])}, {format_size(each['free_bytes'])} of it free"
+        yield Line(at, f"GPU {number}", f"{each['name']}, compute capability {capability}, {memory}", data=each)
+    if not devices:
+        return
+    works = gpu["ipc"] or "works: one process mapped another's GPU memory"
+    advice = ("messages between ranks on this host are staged through host memory; ranks in containers have to share "
+              "them: docker run --ipc=host --pid=host")  # fmt: skip
+    yield _line(at, "CUDA IPC", works, not gpu["ipc"], advice, data=not gpu["ipc"])
+    advice = ("lookups on GPUs compile their kernels with it: pip install nvidia-cuda-nvrtc-cu12 (CUDA 12) or "
+              "nvidia-cuda-nvrtc (CUDA 13), and cuda-bindings of the same CUDA")  # fmt: skip
+    yield _line(at, "NVRTC", gpu["nvrtc"] or gpu["no_nvrtc"], gpu["nvrtc"], advice, data=gpu["nvrtc"])
 
 
 def _resources(machine: Machine) -> Iterator[Line]:

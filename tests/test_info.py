@@ -16,6 +16,7 @@ import pytest
 import blsrdma.__main__ as command
 from blsrdma.info import Line, Machine, examine
 from blsrdma.settings import Settings
+from tests.gpu import simulated
 
 ROOT = Path(__file__).resolve().parent.parent
 GIB = 1 << 30
@@ -221,6 +222,37 @@ def test_what_is_wrong_has_a_verdict_and_a_cure(machine: Machine, name: str, ver
 )
 def test_what_is_not_wrong_is_not_blamed(machine: Machine, name: str) -> None:
     assert line(machine, name).verdict == "ok"
+
+
+GPU = {
+    "driver": 13000, "ipc": "", "nvrtc": "13.0", "no_nvrtc": "",
+    "devices": [{"name": "H", "capability": [9, 0], "total_bytes": 80 * GIB, "free_bytes": 79 * GIB}],
+}  # fmt: skip
+
+
+def test_gpus() -> None:
+    lines = {each.name: each for each in examine(replace(FINE, gpu=GPU)) if each.section == "GPUs"}
+    assert lines["CUDA"].value == "the driver is for CUDA 13.0, and sees 1 GPU"
+    assert lines["GPU 0"].value == "H, compute capability 9.0, 80.0 GiB, 79.0 GiB of it free"
+    assert lines["CUDA IPC"].value.startswith("works") and lines["NVRTC"].value == "13.0"
+    assert {each.verdict for each in lines.values()} == {"ok"}
+    missing = {**GPU, "ipc": "cuIpcOpenMemHandle: no", "nvrtc": "", "no_nvrtc": "ImportError: libnvrtc"}
+    lines = {each.name: each for each in examine(replace(FINE, gpu=missing))}
+    assert lines["CUDA IPC"].verdict == "note" and "--ipc=host" in lines["CUDA IPC"].advice
+    assert lines["NVRTC"].verdict == "note" and "nvidia-cuda-nvrtc" in lines["NVRTC"].advice
+    for none in ({"driver": 13000, "devices": []}, {"error": "no driver"}):
+        lines = {each.name: each for each in examine(replace(FINE, gpu=none)) if each.section == "GPUs"}
+        assert list(lines) == ["CUDA"] and lines["CUDA"].verdict == "ok"
+
+
+def test_gpus_are_tried_out(tmp_path: Path) -> None:
+    """By the simulated driver, under the name of the real one."""
+    (tmp_path / "libcuda.so.1").symlink_to(simulated.driver())
+    found = json.loads(run("info", "--json", LD_LIBRARY_PATH=str(tmp_path), SIMULATED_CUDA_DEVICES="2").stdout)
+    lines = {each["name"]: each for each in found["lines"] if each["section"] == "GPUs"}
+    assert "sees 2 GPUs" in lines["CUDA"]["value"] and {"GPU 0", "GPU 1"} < set(lines)
+    assert lines["GPU 1"]["data"]["total_bytes"] == 2 * GIB
+    assert lines["CUDA IPC"]["value"] == "works: one process mapped another's GPU memory"
 
 
 def test_devices_are_listed() -> None:
