@@ -261,12 +261,7 @@ __device__ inline void pool_bags(const Bags& bags, const Tables& tables, const D
   // The table's description is read where it is used: kept in registers it would cost the loads that they hold.
   const auto table = [&]() -> const Table& { return tables.table[afresh(blockIdx.y)]; };
   Position index = lane < last ? __ldcs(indices + lane) : 0;
-  Position index_after = lanes + lane < last ? __ldcs(indices + lanes + lane) : 0;
-  float weight = 1.0f, weight_after = 1.0f;
-  if constexpr (weighted) {
-    if (lane < last) weight = __ldcs(weights + lane);
-    if (lanes + lane < last) weight_after = __ldcs(weights + lanes + lane);
-  }
+  float weight = weighted && lane < last ? __ldcs(weights + lane) : 1.0f;
   int slot = slot_of(table(), index);
   Cursor cursor;
   const auto step = [&] { return bags.message_tables * bags.dim; };
@@ -306,12 +301,9 @@ __device__ inline void pool_bags(const Bags& bags, const Tables& tables, const D
     const unsigned held = __ballot_sync(kAll, row != nullptr) >> (threadIdx.x & 31 & -lanes);
     if (row == nullptr) row = bags.spare;
     const Scale scale = scale_of<format, weighted, elements>(row, weight, bags.dim);
-    index = index_after, weight = weight_after;
-    slot = slot_of(table(), index);
-    const unsigned after = at + 2 * lanes + lane;
-    if (after < unsigned(last)) {
-      index_after = __ldcs(indices + after);
-      if constexpr (weighted) weight_after = __ldcs(weights + after);
+    if (const unsigned after = at + lanes + lane; after < unsigned(last)) {  // is there when these rows are
+      index = __ldcs(indices + after);
+      if constexpr (weighted) weight = __ldcs(weights + after);
     }
 #pragma unroll 1
     for (int k = 0; k < min(lanes, longest - int(at)); k += kAhead) {
@@ -338,6 +330,7 @@ __device__ inline void pool_bags(const Bags& bags, const Tables& tables, const D
         if (done < count) finish();
       }
     }
+    slot = slot_of(table(), index);
   }
   while (left > 0) finish();
 }

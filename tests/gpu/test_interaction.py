@@ -81,7 +81,7 @@ def test_products(on: OnDevice, itself: bool) -> None:
     """All sizes of tiles, aligned dims and others, more tiles than threads, shared memory for some columns only."""
     cases = (
         (26, 128, None), (1, 16, None), (8, 64, None), (15, 36, None), (63, 256, None), (26, 128, 10 << 10),
-        (15, 37, None), (9, 6, 1 << 10), (100, 8, None), (40, 100, 20 << 10), (26, 12, 3000),
+        (15, 37, None), (9, 6, 1 << 10), (100, 8, 2000), (40, 100, 10 << 10), (26, 12, 3000),
     )  # fmt: skip
     for tables, dim, limit in cases:
         samples = 2 if tables * dim > 2000 else 5

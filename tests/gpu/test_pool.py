@@ -194,11 +194,12 @@ def test_more_than_one_launch_holds(on: OnDevice) -> None:
         message_tables=tables + 1,
     )
     starts = list(range(samples + 1))
-    to = messages(on, starts, tables + 1, dim)
-    lookup.check(lookup.launch(together(on, bags, samples, False), to, starts))
-    found = gathered(on, to, starts, tables + 1, dim)
-    assert found[:, 0].isnan().all()
-    assert same_bits(found[:, 1:].flip(1), wanted_of(data, bags, [False] * tables))
+    for relative in (False, True):
+        to = messages(on, starts, tables + 1, dim)
+        lookup.check(lookup.launch(together(on, bags, samples, relative), to, starts))
+        found = gathered(on, to, starts, tables + 1, dim)
+        assert found[:, 0].isnan().all()
+        assert same_bits(found[:, 1:].flip(1), wanted_of(data, bags, [False] * tables))
 
 
 def test_messages_that_are_not_aligned(on: OnDevice) -> None:
