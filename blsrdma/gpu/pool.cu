@@ -43,6 +43,7 @@ struct Bags {
   Position message_tables;  // vectors per sample in a message
   const unsigned char* spare;  // a row that is read where there is none to add
   Unsigned* errors;         // [2] least bad position in `indices`; least bad number in `offsets`. All ones: none
+  volatile int* failed;     // in host memory; written where there is an error
   int dim, lanes, slices, run;
   int first_table;  // of this launch
 };
@@ -161,14 +162,17 @@ __device__ inline void add(float (&sum)[elements], const typename Raw<format, el
 
 // --- rows
 
-__device__ inline void report(Unsigned* word, Position where) { atomicMin(word, Unsigned(where)); }
+__device__ inline void report(const Bags& bags, int which, Position where) {
+  atomicMin(bags.errors + which, Unsigned(where));
+  *bags.failed = 1;
+}
 
 // Where a bag ends, counted from where the stretch of its group begins. Offsets are not trusted: it is never less than
 // `least` nor more than `most`.
 __device__ inline int bounded(const Bags& bags, const Position* offset, Position begin, int least, int most) {
   const Position given = __ldg(offset) - begin;
   const int value = given < least ? least : given > most ? most : int(given);
-  if (value != given) report(bags.errors + 1, offset - bags.offsets);
+  if (value != given) report(bags, 1, offset - bags.offsets);
   return value;
 }
 
@@ -182,7 +186,7 @@ __device__ inline const unsigned char* row_of(const Bags& bags, const Table& tab
                                               int slot, Position bytes) {
   const Unsigned row = Unsigned(index) - Unsigned(table.first);
   if (row >= Unsigned(table.rows)) {
-    if (Unsigned(index) >= Unsigned(table.all)) report(bags.errors, at - bags.indices);
+    if (Unsigned(index) >= Unsigned(table.all)) report(bags, 0, at - bags.indices);
     return nullptr;
   }
   if (table.slots == nullptr) return (row < Unsigned(table.hot_rows) ? table.hot : table.cold) + row * bytes;
@@ -249,7 +253,7 @@ __device__ inline void pool_bags(const Bags& bags, const Tables& tables, const D
   if (left > 0) {
     Position begin = base() + __ldg(ends);
     if (Unsigned(begin) > Unsigned(bags.count)) {
-      report(bags.errors + 1, ends - bags.offsets);
+      report(bags, 1, ends - bags.offsets);
       begin = bags.count;
     }
     indices += begin;

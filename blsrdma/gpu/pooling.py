@@ -34,7 +34,6 @@ TABLES, DESTINATIONS = 40, 64  # of one launch: what its arguments have room for
 LOADS = {"fp32": 16, "fp16": 8, "int8": 4, "int4": 2}  # bytes of 4 elements, which are read at once
 WARPS_WANTED = 8192  # before a warp gets several bags
 NOTED = 64  # launches whose errors are told apart
-NONE = (1 << 64) - 1
 
 
 @dataclass(frozen=True)
@@ -113,6 +112,7 @@ class _Bags(ctypes.Structure):
         ("message_tables", ctypes.c_int64),
         ("spare", ctypes.c_uint64),
         ("errors", ctypes.c_uint64),
+        ("failed", ctypes.c_uint64),
         ("dim", ctypes.c_int32),
         ("lanes", ctypes.c_int32),
         ("slices", ctypes.c_int32),
@@ -133,7 +133,7 @@ class _Destinations(ctypes.Structure):
 class _Note:
     """What `check` needs to say which bag of a launch was bad."""
 
-    words: ctypes.Array[ctypes.c_uint64]  # as pool.cu has them
+    failed: ctypes.c_int32  # in host memory that kernels write, when something is wrong and only then
     done: cuda.Event
     launch: int = -1
     bags: GpuBags | None = None
@@ -176,12 +176,12 @@ class PooledLookup:
         nothing = ctypes.create_string_buffer(row_bytes(format, dim))
         self._spare = device.memory(len(nothing))  # lanes read it where there is no row to add
         device.copy(self._spare.address, ctypes.addressof(nothing), len(nothing))
-        # Kernels report into host memory, which is theirs to write when something is wrong, and only then.
-        self._errors = device.host_memory(NOTED * 16)
-        where = self._errors.host
-        self._notes = [_Note((ctypes.c_uint64 * 2).from_address(where + 16 * n), device.event()) for n in range(NOTED)]
+        self._errors, self._failed = device.memory(NOTED * 16), device.host_memory(NOTED * 4)
+        device.fill(self._errors.address, 0xFF, NOTED * 16)
+        where = self._failed.host
+        self._notes = [_Note(ctypes.c_int32.from_address(where + 4 * n), device.event()) for n in range(NOTED)]
         for note in self._notes:
-            note.words[:] = [NONE, NONE]
+            note.failed.value = 0
         self._launches = 0
         if not device.synchronize(0, 60_000_000_000):
             raise GpuError("a copy of some bytes to the GPU took longer than 60 s")
@@ -190,17 +190,19 @@ class PooledLookup:
         """Give back the memory that it took for itself. No launch may be in progress."""
         self._spare.close()
         self._errors.close()
+        self._failed.close()
 
     def launch(self, bags: GpuBags, destinations: Sequence[int], starts: Sequence[int], stream: int = 0) -> int:
         """Pool `bags` behind what is on the stream. Returns the number of the launch, for `check`.
 
         `destinations` are addresses of messages, float32 [samples, message_tables, dim]; the q-th is for the samples
         from starts[q] to starts[q + 1]: `starts` has one element more, and rises from 0 to bags.samples. Asynchronous:
-        the bags must remain until it is done.
+        the bags must remain until it has been checked. Not while the stream is captured for a graph.
         """
         _check_starts(bags, destinations, starts)
         number = self._launches
-        note = self._notes[number % NOTED]
+        place = number % NOTED
+        note = self._notes[place]
         self.check(number - NOTED)
         self._launches += 1
         note.launch, note.bags = number, bags
@@ -226,8 +228,8 @@ class PooledLookup:
                 before = part * TABLES
                 what = _Bags(
                     bags.indices, bags.weights, bags.offsets, bags.firsts, bags.count, bags.stride, begin, end,
-                    self.message_tables, self._spare.address, self._errors.address + 16 * (number % NOTED),
-                    self.dim, lanes, slices, run, before,
+                    self.message_tables, self._spare.address, self._errors.address + 16 * place,
+                    self._failed.address + 4 * place, self.dim, lanes, slices, run, before,
                 )  # fmt: skip
                 count = min(TABLES, len(self.tables) - before)
                 function.launch((blocks, count, 1), (THREADS, 1, 1), 0, stream, [what, tables, to])
@@ -245,15 +247,17 @@ class PooledLookup:
             return
         if not self._device.finish(note.done, int(timeout * 1e9)):
             raise GpuError(f"launch {launch} of a pooled lookup is not done after {timeout:g} s")
-        index, offset = note.words
         bags, note.bags = note.bags, None
-        if (index, offset) != (NONE, NONE):
-            note.words[:] = [NONE, NONE]
+        if note.failed.value:
+            note.failed.value = 0
+            words = self._errors.address + 16 * (launch % NOTED)
+            index, offset = self._read(words, 2)
+            self._device.fill(words, 0xFF, 16)
             raise self._error(bags, index, offset)
 
     def _error(self, bags: GpuBags, index: int, offset: int) -> BagsError:
-        """In words; reads what is needed for them back from the device."""
-        if offset != NONE:
+        """In words; reads what is needed for them back from the device, behind everything on its null stream."""
+        if offset >= 0:
             place, position = divmod(offset, bags.stride)
             if place == len(self.tables) or (bags.stride == bags.samples and position == 0 and place):
                 place, position = place - 1, position + bags.samples
@@ -269,7 +273,10 @@ class PooledLookup:
             if first + ends[0] <= index < first + ends[-1]:
                 sample = sum(first + end <= index for end in ends) - 1
                 size = table.rows if table.all_rows is None else table.all_rows
-                value, position = self._read(bags.indices + 8 * index, 1)[0], index - first - (0 if first else ends[0])
+                value, position = (
+                    self._read(bags.indices + 8 * index, 1)[0],
+                    index - (first if bags.firsts else ends[0]),
+                )
                 return BagsError(
                     f"table {table.table}: index {value} at position {position} (sample {sample}) is not a row of a "
                     f"table of {size} rows",
