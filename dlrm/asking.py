@@ -19,7 +19,7 @@ from blsrdma import Bags, Rows, request_windows
 from blsrdma.errors import PeerTimeout
 from dlrm import bags
 from dlrm.errors import OptionError
-from dlrm.loop import Loop, Pending
+from dlrm.loop import HostLoop, Pending
 from dlrm.timeline import clock
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ class AskFlight:
         self._route.give_back(self._memory)
 
 
-class AskEngine(Loop[AskRoute, "Own"]):
+class AskEngine(HostLoop[AskRoute, "Own"]):
     """Runs a rank's own batches."""
 
     updates: Updates | None = None
@@ -157,7 +157,7 @@ class AskEngine(Loop[AskRoute, "Own"]):
             for old in [old for old in kept if old < needed]:
                 del kept[old]
 
-    def _start(self, batch: Own) -> Pending:
+    def _started(self, batch: Own) -> Pending:
         self._update()
         timeline = self.timeline
         timeline.before.append(self._watch.lap())

@@ -10,19 +10,19 @@ from __future__ import annotations
 
 from dlrm import bags
 from dlrm.data.batch import Batch
-from dlrm.loop import Loop, Pending
+from dlrm.loop import HostLoop, Pending
 from dlrm.routes import AlltoallvRoute
 from dlrm.timeline import clock
 
 
-class Engine(Loop[AlltoallvRoute, Batch]):
+class Engine(HostLoop[AlltoallvRoute, Batch]):
     """Runs batches through a route and the dense model on one rank. Every rank must bring the same batches."""
 
     def _begin(self) -> None:
         with self.timeline.phase("wait"):
             self._route.begin()
 
-    def _start(self, batch: Batch) -> Pending:
+    def _started(self, batch: Batch) -> Pending:
         timeline, route = self.timeline, self._route
         with timeline.phase("lookup"):
             bags.check(batch, route.tables.table_rows, self._checked)

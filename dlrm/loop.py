@@ -98,27 +98,21 @@ Way = TypeVar("Way", bound=Route)
 Read = TypeVar("Read")  # what is read: the whole batch, or a rank's own
 
 
-class Loop(ABC, Generic[Way, Read]):
-    """Runs batches on one rank. To be used once."""
+class Loop(ABC, Generic[Read]):
+    """Runs batches on one rank, wherever its tables are. To be used once."""
 
     def __init__(
         self,
         rank: int,
         placement: Placement,
-        route: Way,
-        dense: DenseWork,
+        lag: int,
         *,
         delay: Delay,
-        keep_pooled: bool = False,
-        replicated: Tables | None = None,
         arrivals: Iterator[float] | None = None,
         timeline: Timeline | None = None,
     ) -> None:
-        self._rank, self._placement, self._route, self._dense = rank, placement, route, dense
-        self._finish = Finish(placement, replicated, route.tables.pooling == "mean", route.tables.dim)
-        self._checked = {*route.tables.tables, *(replicated.tables if replicated else ())}
-        self._delay, self._keep_pooled, self._arrivals = delay, keep_pooled, arrivals
-        self._pending: deque[Pending] = deque()
+        self._rank, self._placement, self._lag = rank, placement, lag
+        self._delay, self._arrivals = delay, arrivals
         self.timeline = timeline or Timeline()
         self._watch = Stopwatch(self.timeline)
 
@@ -126,8 +120,24 @@ class Loop(ABC, Generic[Way, Read]):
         """Wait until others, too, allow work on the next batch."""
 
     @abstractmethod
-    def _start(self, batch: Read) -> Pending:
+    def _start(self, batch: Read) -> None:
         """Look up or ask, note timeline.before and timeline.posted, and evaluate the bottom MLP meanwhile."""
+
+    @abstractmethod
+    def _unfinished(self) -> int:
+        """Batches that have been started, and whose vectors have not all been waited for."""
+
+    @abstractmethod
+    def _complete(self) -> Iterator[Predictions]:
+        """Finish the oldest of them, waiting for its vectors where they are not here yet."""
+
+    @abstractmethod
+    def _available(self) -> Iterator[Predictions]:
+        """What can be finished without waiting."""
+
+    def _rest(self) -> Iterator[Predictions]:
+        """What has been finished, and not been handed out."""
+        return iter(())
 
     def run(self, batches: Iterable[Read]) -> Iterator[Predictions]:
         """Yield the predictions of every batch, in order, each as soon as it is ready.
@@ -135,29 +145,29 @@ class Loop(ABC, Generic[Way, Read]):
         Raises BadIndex before anything of a bad batch is sent; whatever the exchange or the lookup raises passes
         through.
         """
-        timeline, pending = self.timeline, self._pending
+        timeline = self.timeline
         with torch.inference_mode():
-            timeline.start, self._dense.assembly = clock(), timeline.phase("assemble")
+            timeline.start = clock()
             self._watch = watch = Stopwatch(timeline)
             for number, batch in enumerate(self._read(batches)):
                 if timeline.begin:
                     timeline.after.append(watch.lap())
                 else:
                     watch.lap()
-                while len(pending) > self._route.lag:
-                    yield self._complete()
+                while self._unfinished() > self._lag:
+                    yield from self._complete()
                 arrived = yield from self._arrival()
                 self._begin()
                 timeline.begin.append(clock())
                 timeline.arrived.append(arrived or timeline.begin[-1])
                 timeline.slept.append(sleep_for(self._delay.seconds(self._rank, number, self._placement.ranks)))
-                pending.append(self._start(batch))
-                while pending and self._ready():
-                    yield self._complete()
+                self._start(batch)
+                yield from self._available()
             if timeline.begin:
                 timeline.after.append(watch.lap())
-            while pending:
-                yield self._complete()
+            while self._unfinished():
+                yield from self._complete()
+            yield from self._rest()
             timeline.drain = watch.lap()
             timeline.end = clock()
 
@@ -176,19 +186,60 @@ class Loop(ABC, Generic[Way, Read]):
             return 0
         arrived = self.timeline.start + int(next(self._arrivals) * 1e9)
         while clock() < arrived:
-            if self._pending and self._ready():
-                yield self._complete()
-            else:
+            before = len(self.timeline.emitted)
+            yield from self._available()
+            if before == len(self.timeline.emitted):
                 with self.timeline.phase("wait"):
                     time.sleep(NAP_SECONDS)
         return arrived
+
+
+class HostLoop(Loop[Read], Generic[Way, Read]):
+    """A loop over tables in the host's memory, evaluated by torch on the CPU."""
+
+    def __init__(
+        self,
+        rank: int,
+        placement: Placement,
+        route: Way,
+        dense: DenseWork,
+        *,
+        delay: Delay,
+        keep_pooled: bool = False,
+        replicated: Tables | None = None,
+        arrivals: Iterator[float] | None = None,
+        timeline: Timeline | None = None,
+    ) -> None:
+        super().__init__(rank, placement, route.lag, delay=delay, arrivals=arrivals, timeline=timeline)
+        self._route, self._dense, self._keep_pooled = route, dense, keep_pooled
+        self._finish = Finish(placement, replicated, route.tables.pooling == "mean", route.tables.dim)
+        self._checked = {*route.tables.tables, *(replicated.tables if replicated else ())}
+        self._pending: deque[Pending] = deque()
+
+    def run(self, batches: Iterable[Read]) -> Iterator[Predictions]:
+        """See `Loop.run`."""
+        self._dense.assembly = self.timeline.phase("assemble")
+        return super().run(batches)
+
+    @abstractmethod
+    def _started(self, batch: Read) -> Pending:
+        """See `_start`."""
+
+    def _start(self, batch: Read) -> None:
+        self._pending.append(self._started(batch))
+
+    def _unfinished(self) -> int:
+        return len(self._pending)
+
+    def _available(self) -> Iterator[Predictions]:
+        while self._pending and self._ready():
+            yield from self._complete()
 
     def _ready(self) -> bool:
         with self.timeline.phase("wait"):
             return self._pending[0].flight.ready()
 
-    def _complete(self) -> Predictions:
-        """Finish the oldest pending batch, waiting for its vectors where they are not here yet."""
+    def _complete(self) -> Iterator[Predictions]:
         pending = self._pending.popleft()
         mine = pending.mine
         with self.timeline.phase("wait"):
@@ -200,4 +251,4 @@ class Loop(ABC, Generic[Way, Read]):
         del parts
         with self.timeline.phase("wait"):
             pending.flight.release()
-        return Predictions(mine.first, logits, probabilities, pooled, mine.labels, pending.version)
+        yield Predictions(mine.first, logits, probabilities, pooled, mine.labels, pending.version)
