@@ -29,6 +29,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"dlrm: {error}", file=sys.stderr)
         return 2
     if rank is None:
+        if options.device == "cuda" and (why := no_gpu()):
+            print(f"dlrm: --device cuda: {why}", file=sys.stderr)
+            return 1
         start = mpiexec.become if options.dist_backend == "mpi" else spawn.launch
         return guarded("dlrm", lambda: start("dlrm", arguments, ranks, options.threads), options.debug)
     return guarded(f"rank {rank}", lambda: run_rank(options, rank, ranks), options.debug)
@@ -50,6 +53,13 @@ def place(options: Options) -> tuple[int | None, int]:
     return found.rank, found.world_size
 
 
+def no_gpu() -> str:
+    """Why no GPU can be used here; "" where one can."""
+    from blsrdma.gpu.device import unavailable
+
+    return unavailable()
+
+
 def run_rank(options: Options, rank: int, ranks: int) -> None:
     """Be a rank: run, and at rank 0 show and write the results. Raises NotExact where --verify found a difference."""
     spawn.die_with_launcher()
@@ -59,7 +69,13 @@ def run_rank(options: Options, rank: int, ranks: int) -> None:
     from dlrm import report
     from dlrm.worker import Worker
 
-    worker = Worker(options, rank, ranks)
+    worker: Worker
+    if options.device == "cuda":
+        from dlrm.gpu.worker import GpuWorker
+
+        worker = GpuWorker(options, rank, ranks)
+    else:
+        worker = Worker(options, rank, ranks)
     mpi = options.dist_backend == "mpi"  # which needs no store to meet
     store = None if mpi else store_from_environment(rank, ranks, options.timeout)
     result = worker.run(store)

@@ -124,20 +124,27 @@ class DenseSlice:
             with self._work.assembly:
                 vectors = space.vectors[block.rows]
                 vectors[:, 0] = self._bottoms[own]
-                for run in runs:
-                    to = vectors[:, 1 + run.table : 1 + run.table + run.count]
-                    piece = parts[run.part][own, run.position : run.position + run.count]
-                    if run.add:
-                        to += piece
-                    else:
-                        to[:] = piece
-                for table, lengths in (means or {}).items():
-                    vectors[:, 1 + table] /= lengths[own]
+                assemble(vectors[:, 1:], parts, runs, means or {}, own)
                 if keep is not None:
                     keep[own] = vectors[:, 1:]
             space.top()
             logits[own], probabilities[own] = space.logits[block.rows], space.probabilities[block.rows]
         return logits, probabilities
+
+
+def assemble(
+    out: Tensor, parts: Sequence[Tensor], runs: Sequence[Run], means: Mapping[int, Tensor], own: slice
+) -> None:
+    """The samples `own` of pooled vectors in parts into `out` [n, T, dim]; see `DenseSlice.predict`."""
+    for run in runs:
+        to = out[:, run.table : run.table + run.count]
+        piece = parts[run.part][own, run.position : run.position + run.count]
+        if run.add:
+            to += piece
+        else:
+            to[:] = piece
+    for table, lengths in means.items():
+        out[:, table] /= lengths[own]
 
 
 def in_order(parts: Sequence[Tensor]) -> list[Run]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from dlrm.data import DATA_SETS, DEFAULT_MAX_IND_RANGE
 from dlrm.refused import REFUSED, Refuse
-from dlrm.values import at_least, positive, truth, widths
+from dlrm.values import at_least, positive, size, truth, widths
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,6 +28,7 @@ examples:
                  --arch-mlp-bot 13-64-8 --arch-mlp-top 64-1 --first-sample 6400      a model of `python -m dlrm.fit`
   python -m dlrm --ranks 4 --max-ind-range -1 --placement greedy --replicate-below 1000 --plan
   python -m dlrm --ranks 2 --lag 2 --dist-backend gloo  the same over gloo, or mpi, or nccl
+  python -m dlrm --ranks 2 --lag 2 --device cuda --verify
   python -m dlrm --ranks 2 --input sharded --arrival-rate 200 --num-batches 1000 --lag 2
   python -m dlrm --arch-embedding-size 1000-1000-50 --arch-mlp-bot 4-16-8 --arch-mlp-top 32-1 \\
                  --arch-sparse-feature-size 8 --num-indices-per-lookup 4
@@ -53,6 +54,7 @@ def parser() -> argparse.ArgumentParser:
     _table_flags(whole.add_argument_group("tables and where they are").add_argument)
     _run_flags(whole.add_argument_group("run").add_argument)
     _serving_flags(whole.add_argument_group("serving").add_argument)
+    _gpu_flags(whole.add_argument_group("GPUs").add_argument)
     _output_flags(whole.add_argument_group("output").add_argument)
     for flag, reason in REFUSED.items():
         whole.add_argument(flag, action=Refuse, reason=reason)
@@ -300,6 +302,34 @@ def _serving_flags(add: Callable[..., Any]) -> None:
         "torch.distributed (gloo, nccl, or torch-bls: blsrdma through torch) or mpi (mpi4py), with lag + 1 operations "
         "in flight (bls)",
     )
+
+
+def _gpu_flags(add: Callable[..., Any]) -> None:
+    add(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cpu",
+        help="where tables are, and are pooled, and the MLPs are multiplied; cuda: every rank on a GPU of its host, "
+        "LOCAL_RANK modulo their number; --verify then compares pooled vectors bit by bit, and logits with float64 "
+        "within the bound of their rounding errors (cpu)",
+    )
+    add(
+        "--gpu-memory",
+        type=size,
+        metavar="SIZE",
+        help="GPU memory that a rank may take, such as 40G; of tables that do not fit the rows that are asked for most "
+        "are there, the others in page-locked host memory (its share of what is free)",
+    )
+    add(
+        "--cuda-graphs",
+        type=truth,
+        nargs="?",
+        const=True,
+        default=True,
+        metavar="BOOL",
+        help="launch each MLP as one CUDA graph (true)",
+    )
+    add("--tf32", action="store_true", help="multiply the MLPs in TF32: faster, 10 bits of mantissa (fp32)")
 
 
 def _output_flags(add: Callable[..., Any]) -> None:

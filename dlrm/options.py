@@ -69,6 +69,10 @@ class Options:
     json: str | None
     timeout: float
     window_bytes: int | None
+    device: Literal["cpu", "cuda"]
+    gpu_memory: int | None
+    cuda_graphs: bool
+    tf32: bool
     debug: bool
 
     @property
@@ -175,5 +179,22 @@ def _check(options: Options) -> None:
         raise OptionError(f"--exchange {options.exchange} wants --table-kernel torch: those rows it pools alike")
     if options.exchange != "alltoallv" and options.dist_backend != "bls":
         raise OptionError(f"--exchange {options.exchange} wants --dist-backend bls: others have collectives only")
+    if options.device == "cuda":
+        _check_gpu(options)
+    elif options.gpu_memory or options.tf32 or not options.cuda_graphs:
+        raise OptionError("--gpu-memory, --tf32 and --cuda-graphs want --device cuda")
     if options.predictions and not options.predictions.endswith((".npy", ".csv")):
         raise OptionError(f"--predictions {options.predictions}: the name must end in .npy or .csv")
+
+
+def _check_gpu(options: Options) -> None:
+    """What there is not on a GPU. Raises OptionError."""
+    for flag, value, served in (
+        ("--input", options.input, "replicated"),
+        ("--exchange", options.exchange, "alltoallv"),
+        ("--dist-backend", options.dist_backend, "bls"),
+        ("--table-kernel", options.table_kernel, "torch"),
+        ("--dense-kernel", options.dense_kernel, "torch"),
+    ):
+        if value != served:
+            raise OptionError(f"{flag} {value} does not go with --device cuda: only {served} does")

@@ -39,7 +39,7 @@ REFUSED: dict[str, str] = {
         ),
         _TRAINING,
     ),
-    **dict.fromkeys(("--use-gpu", "--use-fbgemm-gpu"), "the model runs on the CPU; leave it out"),
+    **dict.fromkeys(("--use-gpu", "--use-fbgemm-gpu"), "say --device cuda"),
     "--local_rank": "torchrun's environment says it; leave it out",
     "--quantize-mlp-with-bit": "the MLPs are fp32; leave it out (tables: --quantize-emb-with-bit)",
     **dict.fromkeys(

@@ -112,17 +112,34 @@ def show(values: dict[str, Any]) -> None:
         entropy = values["normalised_entropy"]
         rows.append(("log loss, normalised", f"{values['logloss']:.4f}" + (f", {entropy:.4f}" if entropy else "")))
     rows.append(("tables", f"{values['kernel']}, {sum(values['table_bytes']) / 1e6:,.1f} MB on all ranks"))
+    for rank, gpu in enumerate(values.get("gpu") or []):
+        rows.append((f"rank {rank} is on", _gpu(gpu)))
     if values["pooled_sha256"] is not None:
         rows.append(("pooled", values["pooled_sha256"]))
         rows.append(("logits", values["logits_sha256"]))
     if values["exact"] is not None:
-        rows.append(("exact", "yes, every bit" if values["exact"] else "NO"))
+        rows.append(("exact", ("yes, " + _compared(values)) if values["exact"] else "NO"))
     table = Table(show_header=False, title="DLRM inference", title_justify="left")
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     for row in rows:
         table.add_row(*row)
     Console().print(table)
+
+
+def _gpu(gpu: dict[str, Any]) -> str:
+    """A rank's GPU, and what it has there."""
+    rows = "all rows" if gpu["hot_rows"] == gpu["rows"] else f"{gpu['hot_rows']:,} of {gpu['rows']:,} rows"
+    taken = [f"tables {gpu['table_bytes'] / 1e6:,.1f} MB ({rows})", f"windows {gpu['window_bytes'] / 1e6:,.1f} MB",
+             f"batches {gpu['batch_bytes'] / 1e6:,.1f} MB"]  # fmt: skip
+    taken += [f"{step} {spent:.1f} ms" for step, spent in (gpu["steps_ms"] or {}).items()]
+    return f"GPU {gpu['ordinal']}, {gpu['name']}: " + ", ".join(taken)
+
+
+def _compared(values: dict[str, Any]) -> str:
+    if (share := values.get("largest_error_in_bounds")) is None:
+        return "every bit"
+    return f"every bit of pooled vectors; logits are off float64 by at most {share:.2g} of fp32's bound"
 
 
 def plan_values(plan: Plan, memory: list[int]) -> dict[str, Any]:

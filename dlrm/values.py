@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from blsrdma.settings import parse_size
 from dlrm.data import MLPERF_HOTNESS
 
 
@@ -45,4 +46,15 @@ def positive(text: str) -> float:
     value = float(text)
     if not value > 0:
         raise argparse.ArgumentTypeError(f"{text} is not a time above 0")
+    return value
+
+
+def size(text: str) -> int:
+    """A number of bytes, also with K, M, G."""
+    try:
+        value = parse_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than a byte")
     return value

@@ -33,13 +33,14 @@ class SingleProcess:
         self, tables: Tables, dense: Dense, placement: Placement, block: int, parts: Sequence[Tables] = ()
     ) -> None:
         """`parts`: the pieces of tables that are cut by rows, in rank order; `tables` has all others, whole."""
+        self.dense = dense
         self._tables, self._dense, self._placement = tables, DenseWork(dense, block), placement
         self._parts = parts
 
     def evaluate(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Pooled vectors [B, T, dim], logits [B] and click probabilities [B] of a batch."""
         with torch.inference_mode():
-            pooled = self._lookup(batch)
+            pooled = self.lookup(batch)
             logits, probabilities = [], []
             for samples in self._placement.samples(batch.size):
                 piece = self._dense.slice(samples)
@@ -49,7 +50,8 @@ class SingleProcess:
                 probabilities.append(piece_probabilities)
         return pooled, torch.cat(logits), torch.cat(probabilities)
 
-    def _lookup(self, batch: Batch) -> Tensor:
+    def lookup(self, batch: Batch) -> Tensor:
+        """Pooled vectors [B, T, dim] of a batch."""
         whole = self._tables.lookup_all(batch)
         if not self._parts:
             return whole

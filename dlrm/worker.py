@@ -8,11 +8,11 @@ import logging
 import sys
 import time
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -58,6 +58,21 @@ DATA_OPTIONS = (
 LIBRARIES_BYTES = 40 << 20  # that torch and UCX take once they are in use
 
 
+class Running(Protocol):
+    """An engine."""
+
+    timeline: Timeline
+
+
+@dataclass(frozen=True)
+class Serving:
+    """A run on its way on one rank: its predictions, and afterwards the statistics of what carried vectors."""
+
+    engine: Running
+    predictions: Iterator[Predictions]
+    stats: Callable[[], dict[str, Any]]
+
+
 class Worker:
     """One rank's part of the model, ready to run. What can fail on bad input fails here, on all ranks alike."""
 
@@ -73,13 +88,17 @@ class Worker:
         self._state: dict[str, Tensor] | None = None
         self.plan = self._planned(ready)
         self.placement = self.plan.placement
-        self.tables, self.dense = self._parameters(self.placement.pieces[rank])
+        self._build()
+
+    def _build(self) -> None:
+        """This rank's parameters, and the memory to evaluate them."""
+        self.tables, self.dense = self._parameters(self.placement.pieces[self.rank])
         self._replicated = self._tables(self.placement.replicated) if self.placement.replicated else None
         self._state = None  # unmap the files
-        if rank == 0:
-            log.info("tables are stored and pooled by %s (%s)", self.kernel.name, options.pooling)
-            log.info("MLPs are multiplied by %s", options.dense_kernel)
-        self._work = DenseWork(self.dense, options.dense_block)
+        if self.rank == 0:
+            log.info("tables are stored and pooled by %s (%s)", self.kernel.name, self.options.pooling)
+            log.info("MLPs are multiplied by %s", self.options.dense_kernel)
+        self._work = DenseWork(self.dense, self.options.dense_block)
         self._warm_up()
 
     def batches(self, options: Options | None = None) -> Iterator[Batch]:
@@ -99,7 +118,6 @@ class Worker:
         exchange raises passes through.
         """
         options = replace(self.options, **changes)
-        needed = self.placement.largest_message(options.mini_batch_size, self.shape.dim)
         sharded = options.input == "sharded"
         with ExitStack() as stack:
             exchange = self._exchanges(options, store, name, stack)
@@ -109,39 +127,55 @@ class Worker:
             settings: dict[str, Any] = {
                 "delay": delays.parse(options.delay, options.delay_seed),
                 "keep_pooled": options.digest,
-                "replicated": self._replicated,
                 "timeline": Timeline(profile=options.profile),
                 "arrivals": arrivals and arrivals.times(self.rank, self.rank if sharded else 0),
             }
             same = all(getattr(options, name) == getattr(self.options, name) for name in DATA_OPTIONS)
             batches = self._batches if same and self._batches else preload(self.batches(options))
             self._batches = None
-            engine: Engine | QueryEngine | AskEngine
-            if options.exchange != "alltoallv":
-                lookup = stack.enter_context(self._lookup(store, name, options))
-                asked = AskRoute(lookup, self.tables, self.placement)
-                engine = AskEngine(self.rank, self.placement, asked, self._work, **settings)
-                running = engine.run(self._own(batches))
-            else:
-                rows = exchange("", options.lag, options.window_bytes or max(needed, 64))
-                route = AlltoallvRoute(rows, self.tables, self.placement, options.mini_batch_size)
-                if sharded:
-                    asking: Any = exchange("/queries", options.lag, options.window_bytes or self._query_bytes)
-                    engine = QueryEngine(self.rank, self.placement, asking, route, self._work, **settings)
-                    running = engine.run(self._own(batches))
-                else:
-                    engine = Engine(self.rank, self.placement, route, self._work, **settings)
-                    running = engine.run(batches)
+            serving = self._serving(options, store, name, stack, exchange, settings, batches)
             collect.barrier(collector)
             began = time.process_time()
-            results = list(self._watched(running))
+            results = list(self._watched(serving.predictions))
             cpu_seconds = time.process_time() - began
-            traffic_stats = rows.stats() if options.exchange == "alltoallv" else traffic(lookup)
-            spent = {"phases_ms": engine.timeline.phases(), "phases_cpu_ms": engine.timeline.processor()}
-            stats = traffic_stats | {key: _milliseconds(of) for key, of in spent.items()}
+            timeline = serving.engine.timeline
+            spent = {"phases_ms": timeline.phases(), "phases_cpu_ms": timeline.processor()}
+            stats = serving.stats() | {key: _milliseconds(of) for key, of in spent.items()}
             stats["cpu_seconds"], stats["resident_bytes"] = cpu_seconds, resident_bytes()
-            stats["table_bytes"] = self.tables.nbytes() + (self._replicated.nbytes() if self._replicated else 0)
-            return self._report(options, collector, engine.timeline, stats, results)
+            stats["table_bytes"] = self.table_bytes()
+            return self._report(options, collector, timeline, stats, results)
+
+    def _serving(
+        self,
+        options: Options,
+        store: Store | None,
+        name: str,
+        stack: ExitStack,
+        exchange: Callable[[str, int, int], Exchange | Collective],
+        settings: dict[str, Any],
+        batches: Iterator[Batch],
+    ) -> Serving:
+        """What serves a run. Collective; what it opens is closed by `stack`."""
+        needed = self.placement.largest_message(options.mini_batch_size, self.shape.dim)
+        settings["replicated"] = self._replicated
+        engine: Engine | QueryEngine | AskEngine
+        if options.exchange != "alltoallv":
+            lookup = stack.enter_context(self._lookup(store, name, options))
+            asked = AskRoute(lookup, self.tables, self.placement)
+            engine = AskEngine(self.rank, self.placement, asked, self._work, **settings)
+            return Serving(engine, engine.run(self._own(batches)), lambda: traffic(lookup))
+        rows = exchange("", options.lag, options.window_bytes or max(needed, 64))
+        route = AlltoallvRoute(rows, self.tables, self.placement, options.mini_batch_size)
+        if options.input == "sharded":
+            asking: Any = exchange("/queries", options.lag, options.window_bytes or self._query_bytes)
+            engine = QueryEngine(self.rank, self.placement, asking, route, self._work, **settings)
+            return Serving(engine, engine.run(self._own(batches)), rows.stats)
+        engine = Engine(self.rank, self.placement, route, self._work, **settings)
+        return Serving(engine, engine.run(batches), rows.stats)
+
+    def table_bytes(self) -> int:
+        """Bytes of this rank's tables as stored."""
+        return self.tables.nbytes() + (self._replicated.nbytes() if self._replicated else 0)
 
     def _exchanges(
         self, options: Options, store: Store | None, name: str, stack: ExitStack
@@ -213,6 +247,7 @@ class Worker:
             "input": options.input,
             "dist-backend": options.dist_backend,
             "exchange": options.exchange,
+            "device": options.device,
         }
 
     @cached_property
@@ -328,6 +363,7 @@ class Worker:
             "logits_sha256": hashlib.sha256(logits.tobytes()).hexdigest() if options.digest else None,
             "exact": difference is None if options.verify else None,
             "plan": report.plan_values(self.plan, self.planned_bytes),
+            **self._more_values(all_stats),
         }
         for name, metric in (
             ("auc", metrics.auc),
@@ -339,6 +375,10 @@ class Worker:
         if options.predictions:
             save_predictions(options.predictions, probabilities)
         return Report(values, timeline_arrays, difference)
+
+    def _more_values(self, stats: list[dict[str, Any]]) -> dict[str, Any]:  # noqa: ARG002 - every rank's
+        """What else is reported."""
+        return {}
 
     def _difference(self, batch: Batch, pooled: NDArray[np.float32], outputs: NDArray[np.float32]) -> str | None:
         """The first bit of a batch that is not what a single process computes, in words."""

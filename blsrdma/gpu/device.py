@@ -13,6 +13,9 @@ from blsrdma.errors import GpuError
 from blsrdma.ucx import native
 
 Device = native.cuda.Device
+Memory = native.cuda.Memory
+HostMemory = native.cuda.HostMemory
+Event = native.cuda.Event
 
 
 class _TorchStream(Protocol):
