@@ -221,14 +221,15 @@ class GpuExchange:
         dtype: Any = np.float32,
         *,
         like: Any = None,
+        stream: Stream = None,
         timeout: float | None = None,
     ) -> Placement:
         """Take the next iteration, for messages that a kernel writes where they belong: counts[q] items of `shape` and
         `dtype` for rank q (or as the items of the array `like`).
 
         The addresses that it gives lie in the peers' own windows where these can be written, so that nothing is copied;
-        and in memory to be staged elsewhere. Launch the kernel, then call `Placement.post`: nothing else can be posted
-        before. Raises as post() does.
+        and in memory to be staged elsewhere. Launch the kernel on `stream`, then call `Placement.post`: nothing else
+        can be posted before. Raises as post() does.
         """
         self._inner._usable()
         if self._placed is not None:
@@ -240,7 +241,8 @@ class GpuExchange:
         sizes = [int(n) * buffer.item_bytes for n in split]
         if sizes[self.rank] > self.window_bytes:
             raise self._too_large(self.rank, sizes[self.rank])
-        handle = self._announce(buffer, sizes, None, timeout)
+        handle = self._announce(buffer, sizes, stream, timeout)
+        self._core.order_for_writing(handle._stream)
         self._placed = Placement(self, handle, [self._core.address(q) for q in range(self.world_size)])
         return self._placed
 
@@ -384,19 +386,20 @@ class GpuExchange:
 
 
 class Placement:
-    """An iteration whose messages a kernel writes: `addresses[q]`, on this exchange's device, for rank q's."""
+    """An iteration whose messages a kernel writes: `addresses[q]`, for rank q's, can be used by this exchange's device."""
 
     def __init__(self, exchange: GpuExchange, handle: GpuHandle, addresses: list[int]) -> None:
         self._exchange, self._handle = exchange, handle
         self.iteration, self.addresses = handle.iteration, addresses
 
     def post(self, stream: Stream = None) -> GpuHandle:
-        """Send what the work that `stream` holds now will have written."""
+        """Send what the work that `stream` (None: that of place()) holds now will have written."""
         if self._exchange._placed is not self:
             raise WindowHeld(f"iteration {self.iteration} has been posted already")
         self._exchange._inner._usable()
         self._exchange._placed = None
-        self._handle._stream = stream_address(stream, self._exchange.device)
+        if stream is not None:
+            self._handle._stream = stream_address(stream, self._exchange.device)
         self._exchange._hand_over(0, self._handle._stream)
         return self._handle
 

@@ -111,7 +111,7 @@ std::byte* GpuExchange::out(std::uint32_t peer, std::uint64_t iteration) const {
 
 Outcome GpuExchange::announce(const std::uint64_t* bytes, std::uint64_t tag, std::uint64_t deadline_ns) {
   for (std::uint32_t q = 0; q < ranks_; ++q) {
-    if (bytes[q] > config_.window_bytes) throw std::length_error("a message is larger than its window");
+    if (q != rank_ && bytes[q] > config_.window_bytes) throw std::length_error("a message is larger than its window");
   }
   const std::uint64_t iteration = core_->next();
   const Outcome outcome = core_->announce(bytes, tag, deadline_ns);
@@ -132,6 +132,16 @@ cuda::Address GpuExchange::address(std::uint32_t peer) const {
   if (peer == rank_) return windows_ + window(rank_, iteration);
   if (mapped(peer)) return peers_[peer].windows + window(rank_, iteration);
   return staged_out_ + window(peer, iteration);
+}
+
+// A peer's window is free by the rule of reuse. One's own, and memory to be staged from, only this device knows about: they
+// were used for the iteration that had this slot before.
+void GpuExchange::order_for_writing(cuda::Stream stream) {
+  const Slot& mine = slot(announced_ - 1);
+  if (announced_ <= config_.windows) return;
+  device_->enter();
+  check(api().stream_wait(stream, mine.sent, 0), "cuStreamWaitEvent");
+  check(api().stream_wait(stream, mine.released, 0), "cuStreamWaitEvent");
 }
 
 void GpuExchange::send(cuda::Address from, cuda::Stream stream) {
@@ -193,7 +203,6 @@ Outcome GpuExchange::wait(std::uint64_t iteration, cuda::Stream stream, std::uin
     check(api().event_record(mine.arrived, in_), "cuEventRecord");
     mine.landed = iteration;
   }
-  check(api().stream_wait(stream, mine.arrived, 0), "cuStreamWaitEvent");
   return outcome;
 }
 

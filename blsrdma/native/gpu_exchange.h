@@ -51,10 +51,12 @@ class GpuExchange {
   // Then, once all ranks are here: the exchange that has the headers.
   void attach(std::shared_ptr<Exchange> core, std::shared_ptr<Arena> arena);
 
-  // Take the next iteration, with bytes[q] for rank q; then address(q) may be written, by work on any stream.
+  // Take the next iteration, with bytes[q] for rank q; then address(q) may be written.
   Outcome announce(const std::uint64_t* bytes, std::uint64_t tag, std::uint64_t deadline_ns);
-  // Where the message for `peer` of the announced iteration belongs, in memory of this device or mapped; one's own too.
+  // Where the message for `peer` of the announced iteration belongs, in memory of this device or mapped; one's own too. For
+  // work that is put on `stream` after order_for_writing(): what this device still does with the memory comes first.
   cuda::Address address(std::uint32_t peer) const;
+  void order_for_writing(cuda::Stream stream);
   // Send what was announced: from `from`, where the messages lie one after the other in rank order, or, with 0, what is at the
   // addresses. After what is on `stream` now. `from` is read until sent(). Throws cuda::Error: then the device is of no use.
   void send(cuda::Address from, cuda::Stream stream);

@@ -1,0 +1,410 @@
+"""GpuExchange on the simulated driver: the same bits whatever the path, the lag and the timing of the device."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import time
+from collections import deque
+
+import numpy as np
+import pytest
+
+from blsrdma import GpuExchange
+from blsrdma.errors import (
+    CountsError,
+    DtypeMismatch,
+    ExchangeClosed,
+    GpuError,
+    MemoryLimitExceeded,
+    MessageTooLarge,
+    PeerFailed,
+    PeerLeft,
+    PeerTimeout,
+    RendezvousError,
+    SendBufferError,
+    SettingsError,
+    SettingsMismatch,
+    WindowHeld,
+)
+from blsrdma.gpu.arrays import GpuArray
+from blsrdma.gpu.device import open_device
+from blsrdma.ucx import native
+from tests.gpu import simulated
+from tests.gpu.rank import start
+from tests.ranks import run_ranks
+
+WINDOW = 4096
+NEVER = -1
+
+
+def items(iteration: int, source: int, target: int) -> int:
+    """How many int32 `source` sends to `target`: none, a few, as many as fit."""
+    kind = (iteration * 7 + source * 3 + target * 5) % 11
+    return 0 if kind == 0 else WINDOW // 4 if kind == 1 else 1 + (iteration * 31 + source * 17 + target * 13) % 900
+
+
+def message(iteration: int, source: int, target: int) -> np.ndarray:
+    n = items(iteration, source, target)
+    return (np.arange(n, dtype=np.int32) * 7 + iteration * 1_000_003 + source * 10_007 + target * 101).astype(np.int32)
+
+
+def pinned(device, size, dtype=np.uint8):
+    """Page-locked host memory, as an array: the host does not wait for copies from and to it."""
+    memory = device.host_memory(max(1, size))
+    buffer = (ctypes.c_uint8 * size).from_address(memory.host)
+    array = np.frombuffer(buffer, dtype)
+    buffer.memory = memory
+    return array
+
+
+class Loop:
+    """An inference loop whose device work is copies: what is sent is produced late, what is received is read late."""
+
+    def __init__(self, exchange: GpuExchange, iterations: int, placed: bool) -> None:
+        self.exchange, self.iterations, self.placed = exchange, iterations, placed
+        self.device = open_device(exchange.device)
+        self.producing, self.consuming = self.device.stream(), self.device.stream()
+        room = exchange.world_size * WINDOW
+        self.buffers = [self.device.memory(room) for _ in range(exchange.lag + 2)]
+        self.handles: deque = deque()
+        self.last: dict[int, object] = {}
+        self.results: list[list[np.ndarray]] = []
+        self.sources: list[np.ndarray] = []  # alive until the device has read them
+
+    def run(self) -> None:
+        exchange = self.exchange
+        for i in range(self.iterations):
+            assert exchange.begin() == i
+            if len(self.handles) > exchange.lag:
+                self.complete()
+            self.post(i)
+        while self.handles:
+            self.complete()
+        assert self.device.synchronize(self.consuming.address, 20_000_000_000)
+        for i, received in enumerate(self.results):
+            for source, got in enumerate(received):
+                np.testing.assert_array_equal(got, message(i, source, exchange.rank), f"iteration {i} from {source}")
+
+    def post(self, i: int) -> None:
+        exchange, device, stream = self.exchange, self.device, self.producing.address
+        counts = [items(i, exchange.rank, q) for q in range(exchange.world_size)]
+        parts = [pinned(device, 4 * count, np.int32) for count in counts]
+        for q, part in enumerate(parts):
+            part[:] = message(i, exchange.rank, q)
+        self.sources.extend(parts)
+        if self.placed:
+            placement = exchange.place(counts, dtype=np.int32, stream=stream)
+            for part, address in zip(parts, placement.addresses, strict=True):
+                device.copy(address, part.ctypes.data, part.nbytes, stream)
+            self.handles.append(placement.post())
+            return
+        buffer = self.buffers[i % len(self.buffers)]
+        if (before := self.last.get(i % len(self.buffers))) is not None:
+            before.order_after_sent(stream)
+        at = buffer.address
+        for part in parts:
+            device.copy(at, part.ctypes.data, part.nbytes, stream)
+            at += part.nbytes
+        handle = exchange.post(GpuArray(buffer.address, (sum(counts),), np.dtype(np.int32)), counts, stream=stream)
+        self.last[i % len(self.buffers)] = handle
+        self.handles.append(handle)
+
+    def complete(self) -> None:
+        handle, stream = self.handles.popleft(), self.consuming.address
+        received = handle.wait(stream=stream)
+        self.results.append([pinned(self.device, 4 * count, np.int32) for count in received.counts()])
+        for view, into in zip(received, self.results[-1], strict=True):
+            interface = view.__cuda_array_interface__
+            assert interface["shape"] == into.shape and interface["typestr"] == "<i4"
+            self.device.copy(into.ctypes.data, view.address, into.nbytes, stream)
+        handle.release(stream)
+
+
+def _exact(rank, world, store, lag, paths, iterations, placed, device):
+    start()
+    path = paths[rank % len(paths)]
+    ordinal = rank % device
+    with GpuExchange(store, rank, world, device=ordinal, lag=lag, window_bytes=WINDOW, gpu_path=path) as exchange:
+        Loop(exchange, iterations, placed).run()
+        return [peer["path"] for peer in exchange.stats()["peers"]], exchange.stats()["max_lead"]
+
+
+@pytest.mark.parametrize("placed", [False, True], ids=["posted", "placed"])
+@pytest.mark.parametrize("lag", [0, 1, 3])
+@pytest.mark.parametrize(
+    ("ranks", "paths", "env"),
+    [
+        (2, ["ipc"], {}),
+        (3, ["auto"], {}),
+        (2, ["staged"], {}),
+        (3, ["staged", "auto", "auto"], {}),  # rank 0 neither writes others' memory nor lets its own be written
+        (3, ["staged"], {"BLSRDMA_DIRECT": "0"}),  # by UCX's puts, out of page-locked buffers
+    ],
+    ids=["ipc", "auto", "staged", "mixed", "puts"],
+)
+def test_exact(ranks, paths, env, lag, placed):
+    env = {"SIMULATED_CUDA_DELAY_US": "150", "SIMULATED_CUDA_SEED": str(lag), **env}
+    results = run_ranks(_exact, ranks, lag, paths, 40, placed, 1, env=env)
+    for result in results:
+        ways, lead = result.value
+        expected = [
+            "self"
+            if q == result.rank
+            else "staged"
+            if "staged" in (paths[q % len(paths)], paths[result.rank % len(paths)])
+            else "ipc"
+            for q in range(ranks)
+        ]
+        assert ways == expected
+        assert lead <= lag + 1
+
+
+def test_devices_that_cannot_reach_one_another():
+    env = {"SIMULATED_CUDA_DEVICES": "2", "SIMULATED_CUDA_PEERS": "0"}
+    for result in run_ranks(_exact, 2, 1, ["auto"], 10, False, 2, env=env):
+        assert "staged" in result.value[0]
+
+
+def test_devices_that_can():
+    for result in run_ranks(_exact, 2, 1, ["auto"], 10, False, 2, env={"SIMULATED_CUDA_DEVICES": "2"}):
+        assert "ipc" in result.value[0]
+
+
+def test_alone():
+    (result,) = run_ranks(_exact, 1, 2, ["auto"], 10, False, 1)
+    assert result.value == (["self"], 0)
+
+
+def _vector(device, values):
+    memory = device.memory(max(1, values.nbytes))
+    device.copy(memory.address, values.ctypes.data, values.nbytes, 0)
+    assert device.synchronize(0, 10_000_000_000)
+    return memory, GpuArray(memory.address, values.shape, values.dtype, memory)
+
+
+def _sent(rank, world, store):
+    start()
+    device = open_device(0)
+    with GpuExchange(store, rank, world, device=0, window_bytes=64) as exchange:
+        _, send = _vector(device, np.arange(4, dtype=np.int64))
+        exchange.begin()
+        handle = exchange.post(send, [2, 2], stream=0)
+        handle.wait(stream=0)
+        assert not handle.sent()  # its message to itself is a view of it
+        handle.release(0)
+        end = time.monotonic() + 10
+        while not handle.sent() and time.monotonic() < end:
+            pass
+        assert handle.sent()
+        with pytest.raises(WindowHeld):
+            handle.wait()
+
+
+def test_sent():
+    run_ranks(_sent, 2)
+
+
+def _refusals(rank, world, store):
+    start()
+    device = open_device(0)
+    with GpuExchange(store, rank, world, device=0, window_bytes=64) as exchange:
+        _, send = _vector(device, np.arange(40, dtype=np.int32))
+        with pytest.raises(SendBufferError, match="blsrdma.Exchange sends from CPU memory"):
+            exchange.post(np.arange(4), [2, 2])
+        strided = type("Strided", (), {"__cuda_array_interface__": send.__cuda_array_interface__ | {"strides": (8,)}})()
+        with pytest.raises(SendBufferError, match="C-contiguous"):
+            exchange.post(strided, [20, 20])
+        with pytest.raises(CountsError, match=r"\[10, 10\] do not add up to send.shape\[0\] = 40"):
+            exchange.post(send, [10, 10])
+        with pytest.raises(CountsError):
+            exchange.post(send, [-1, 41])
+        other = 1 - rank
+        counts = [40 if q == other else 0 for q in range(2)]
+        with pytest.raises(MessageTooLarge, match=f"for rank {other} has 160 bytes, a window of GPU memory 64") as info:
+            exchange.post(send, counts)
+        assert (info.value.rank, info.value.bytes, info.value.window_bytes) == (other, 160, 64)
+        with pytest.raises(MessageTooLarge):
+            exchange.place(counts, dtype=np.int32)
+        handle = exchange.post(send, [40, 0] if rank == 0 else [0, 40])  # one's own has no window
+        with pytest.raises(WindowHeld):
+            exchange.post(send, [16, 24] if rank else [24, 16])
+        handle.wait()
+        handle.release()
+        placement = exchange.place([1, 1])
+        with pytest.raises(WindowHeld, match="placed and not been posted"):
+            exchange.place([1, 1])
+        with pytest.raises(WindowHeld, match="placed and not been posted"):
+            exchange.post(send, [20, 20])
+        with placement.post() as received:
+            assert received.counts() == [1, 1]
+            with pytest.raises(IndexError):
+                received[2]
+        with pytest.raises(WindowHeld):
+            placement.post()
+    with pytest.raises(ExchangeClosed):
+        exchange.post(send, [20, 20])
+
+
+def test_refusals():
+    run_ranks(_refusals, 2)
+
+
+def _start(rank, world, store, settings):
+    start()
+    kind, text = SettingsError, ""
+    try:
+        GpuExchange(store, rank, world, **settings[rank]).close()
+    except Exception as error:
+        kind, text = type(error), str(error)
+    return kind, text
+
+
+def test_bad_starts():
+    def starts(*settings, env=None):
+        return [result.value for result in run_ranks(_start, 2, settings, env=env)]
+
+    base = {"device": 0, "timeout": 20.0}
+    for kind, text in starts(base | {"lag": 1}, base):
+        assert kind is SettingsMismatch and "lag is 1 on rank 0; 0 on rank 1" in text
+    good, bad = starts(base, base | {"device": 3})
+    assert bad == (GpuError, "GPU 3: this process sees 1")
+    assert good[0] is RendezvousError and "GPU 3: this process sees 1" in good[1]
+    good, bad = starts(base, base | {"gpu_path": "ether"})
+    assert bad[0] is SettingsError and "auto, ipc, staged" in bad[1]
+    assert good[0] is RendezvousError
+    first, second = starts(base | {"gpu_path": "ipc"}, base | {"gpu_path": "staged"})
+    assert first[0] is GpuError and "rank 1's GPU memory cannot be written: it does not offer" in first[1]
+    assert second[0] is RendezvousError and "does not offer" in second[1]
+    for kind, text in starts(
+        base | {"window_bytes": 1 << 30}, base | {"window_bytes": 1 << 30}, env={"SIMULATED_CUDA_MEMORY": str(1 << 30)}
+    ):
+        assert kind is MemoryLimitExceeded and "4.0 GiB of GPU 0" in text
+    for kind, text in starts(base, base, env={"BLSRDMA_CHECKSUM": "1"}):
+        assert kind is SettingsError and "checksum: not of messages in GPU memory" in text
+
+
+def _types_differ(rank, world, store):
+    start()
+    device = open_device(0)
+    values = np.arange(4, dtype=np.int32 if rank else np.float32)
+    with GpuExchange(store, rank, world, device=0) as exchange:
+        _, send = _vector(device, values)
+        handle = exchange.post(send, [2, 2])
+        with pytest.raises(DtypeMismatch):
+            handle.wait()
+
+
+def test_types_differ():
+    run_ranks(_types_differ, 2)
+
+
+def _first_round(exchange, send, store):
+    """Everyone has everyone's first message: what a rank does to itself afterwards does not touch these."""
+    world = exchange.world_size
+    with exchange.post(send, [1] * world):
+        pass
+    store.set(f"first/{exchange.rank}", "")
+    store.wait([f"first/{q}" for q in range(world)])
+
+
+def _held(rank, world, store):
+    """Rank 1's device stops: the others time out and say so, and everyone's close() keeps to its limit."""
+    start()
+    device = open_device(0)
+    exchange = GpuExchange(store, rank, world, device=0, close_timeout=1.0)
+    _, send = _vector(device, np.arange(world, dtype=np.int32))
+    _first_round(exchange, send, store)
+    if rank == 1:
+        simulated.control().simulated_hold(1)  # for good
+    handle = exchange.post(send, [1] * world)
+    if rank != 1:
+        with pytest.raises(PeerTimeout, match="missing: rank 1"):
+            handle.wait(0.5)
+    store.set(f"tried/{rank}", "")
+    store.wait([f"tried/{q}" for q in range(world)])
+    began = time.monotonic()
+    exchange.close()
+    assert time.monotonic() - began < 4
+    if rank == 1:
+        os._exit(0)  # what the held device still has is kept
+
+
+def test_a_device_that_hangs():
+    run_ranks(_held, 3, expect_exit={1: 0})
+
+
+def _fails(rank, world, store):
+    start()
+    device = open_device(0)
+    exchange = GpuExchange(store, rank, world, device=0, close_timeout=1.0)
+    _, send = _vector(device, np.arange(world, dtype=np.int32))
+    _first_round(exchange, send, store)
+    if rank == 0:
+        simulated.fail("cuMemcpyAsync", 700, 0)  # an illegal address somewhere: the context is lost
+        with pytest.raises(GpuError) as info:
+            exchange.post(send, [1] * world)
+        assert info.value.result == 700
+        with pytest.raises(GpuError):
+            exchange.begin()
+        exchange.close(info.value)
+    else:
+        handle = exchange.post(send, [1] * world)
+        with pytest.raises(PeerFailed, match="rank 0 failed: GpuError"):
+            handle.wait(20)
+        exchange.close()
+
+
+def test_a_device_that_fails():
+    run_ranks(_fails, 3)
+
+
+def _killed(rank, world, store):
+    start()
+    device = open_device(0)
+    exchange = GpuExchange(store, rank, world, device=0, close_timeout=1.0)
+    _, send = _vector(device, np.arange(world, dtype=np.int32))
+    _first_round(exchange, send, store)
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    handle = exchange.post(send, [1] * world)
+    with pytest.raises(PeerFailed, match="rank 1 died"):
+        handle.wait(20)
+    exchange.close()
+
+
+def test_a_rank_that_is_killed():
+    run_ranks(_killed, 3, expect_exit={1: -signal.SIGKILL})
+
+
+def _leaves(rank, world, store):
+    start()
+    device = open_device(0)
+    exchange = GpuExchange(store, rank, world, device=0, lag=1)
+    _, send = _vector(device, np.arange(world, dtype=np.int32))
+    handles = [exchange.post(send, [1] * world)]
+    if rank == 0:
+        exchange.close()
+        return
+    with handles[0] as received:  # what was posted before arrives
+        assert len(received) == world
+    handle = exchange.post(send, [1] * world)
+    with pytest.raises(PeerLeft):
+        handle.wait(20)
+    exchange.close()
+
+
+def test_a_rank_that_leaves():
+    run_ranks(_leaves, 2)
+
+
+def _without(rank, world, store):
+    with pytest.raises(GpuError, match="there is no CUDA driver here: .*no-such-driver.so"):
+        native.cuda.load("no-such-driver.so")
+    start()  # a later try may succeed
+    assert open_device(0).capability >= (8, 0)
+
+
+def test_without_a_driver():
+    run_ranks(_without, 1)
