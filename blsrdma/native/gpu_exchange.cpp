@@ -203,6 +203,7 @@ Outcome GpuExchange::wait(std::uint64_t iteration, cuda::Stream stream, std::uin
     check(api().event_record(mine.arrived, in_), "cuEventRecord");
     mine.landed = iteration;
   }
+  check(api().stream_wait(stream, mine.arrived, 0), "cuStreamWaitEvent");
   return outcome;
 }
 

@@ -310,7 +310,7 @@ void bind_exchange(nb::module_& m) {
       .def("address", &GpuExchange::address, "peer"_a)
       .def("order_for_writing", [](GpuExchange& self, std::uintptr_t stream) { self.order_for_writing(stream_of(stream)); },
            "stream"_a)
-      .def("send", [(GpuExchange& self, std::uintptr_t from, std::uintptr_t stream) { self.send(from, stream_of(stream)); },
+      .def("send", [](GpuExchange& self, std::uintptr_t from, std::uintptr_t stream) { self.send(from, stream_of(stream)); },
            "from_"_a, "stream"_a, Released())
       .def("wait",
            [](GpuExchange& self, std::uint64_t iteration, std::uintptr_t stream, std::int64_t timeout_ns) {
