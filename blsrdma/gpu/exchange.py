@@ -386,7 +386,7 @@ class GpuExchange:
 
 
 class Placement:
-    """An iteration whose messages a kernel writes: `addresses[q]`, for rank q's, can be used by this exchange's device."""
+    """An iteration whose messages a kernel writes: `addresses[q]`, for rank q's, is for this exchange's device."""
 
     def __init__(self, exchange: GpuExchange, handle: GpuHandle, addresses: list[int]) -> None:
         self._exchange, self._handle = exchange, handle
