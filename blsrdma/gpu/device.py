@@ -5,6 +5,7 @@ Devices are opened in their primary context: torch, cupy and UCX share it.
 
 from __future__ import annotations
 
+import os
 import sys
 from functools import cache
 from typing import Any, Protocol, TypeAlias
@@ -46,6 +47,13 @@ def unavailable() -> str:
         return "" if count() else "CUDA's driver finds no device"
     except GpuError as error:
         return str(error)
+
+
+def default_device(rank: int) -> int:
+    """The GPU of a rank that names none: LOCAL_RANK, or its rank, modulo the devices that this process sees."""
+    if (devices := count()) == 0:
+        raise GpuError("CUDA's driver finds no device")
+    return int(os.environ.get("LOCAL_RANK", rank)) % devices
 
 
 @cache

@@ -40,7 +40,7 @@ from blsrdma.errors import (
 )
 from blsrdma.exchange import Exchange
 from blsrdma.gpu import arrays
-from blsrdma.gpu.device import open_device, stream_address
+from blsrdma.gpu.device import default_device, open_device, stream_address
 from blsrdma.rendezvous import Rendezvous, environment_ranks, store_from_environment
 from blsrdma.settings import Settings, format_size, timeout_ns
 from blsrdma.ucx import native
@@ -116,7 +116,7 @@ class GpuExchange:
         try:
             if refusal is not None:
                 raise refusal
-            self.device = _ordinal(rank) if device is None else device
+            self.device = default_device(rank) if device is None else device
             self._core = self._allocate()
             blob = {"host": hosts.host_id(), "windows": b"" if settings.gpu_path == "staged" else self._handle()}
         except BaseException as error:
@@ -499,14 +499,6 @@ class GpuReceived:
     def counts(self) -> list[int]:
         """Items per source, in units of `send`'s leading dimension."""
         return [size // max(1, self._handle._buffer.item_bytes) for size in self.sizes]
-
-
-def _ordinal(rank: int) -> int:
-    from blsrdma.gpu.device import count
-
-    if (devices := count()) == 0:
-        raise GpuError("CUDA's driver finds no device")
-    return int(os.environ.get("LOCAL_RANK", rank)) % devices
 
 
 # Registered after the host exchange's own, and so run before it: its close must not come first.

@@ -14,6 +14,7 @@ lookups of dim 128 should be bound by memory: 0.8 and more of what a device-to-d
 from __future__ import annotations
 
 import ctypes
+import time
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -185,6 +186,12 @@ class PooledLookup:
         self._launches = 0
         if not device.synchronize(0, 60_000_000_000):
             raise GpuError("a copy of some bytes to the GPU took longer than 60 s")
+
+    def idle(self, timeout: float) -> bool:
+        """Wait until all launches are done, the bad ones too; False after so many seconds."""
+        end = time.monotonic() + timeout
+        used = [note for note in self._notes if note.launch >= 0]
+        return all(self._device.finish(note.done, max(0, int((end - time.monotonic()) * 1e9))) for note in used)
 
     def close(self) -> None:
         """Give back the memory that it took for itself. No launch may be in progress."""

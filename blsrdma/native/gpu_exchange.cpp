@@ -134,14 +134,12 @@ cuda::Address GpuExchange::address(std::uint32_t peer) const {
   return staged_out_ + window(peer, iteration);
 }
 
-// A peer's window is free by the rule of reuse. One's own, and memory to be staged from, only this device knows about: they
-// were used for the iteration that had this slot before.
+// A peer's window is free by the rule of reuse, and memory to be staged from by the same: what was sent from it has arrived.
+// Of one's own window only this device knows: it held the message of the iteration that had this slot before.
 void GpuExchange::order_for_writing(cuda::Stream stream) {
-  const Slot& mine = slot(announced_ - 1);
   if (announced_ <= config_.windows) return;
   device_->enter();
-  check(api().stream_wait(stream, mine.sent, 0), "cuStreamWaitEvent");
-  check(api().stream_wait(stream, mine.released, 0), "cuStreamWaitEvent");
+  check(api().stream_wait(stream, slot(announced_ - 1).released, 0), "cuStreamWaitEvent");
 }
 
 void GpuExchange::send(cuda::Address from, cuda::Stream stream) {
@@ -168,11 +166,7 @@ void GpuExchange::send(cuda::Address from, cuda::Stream stream) {
   // A stream of its own for the counters: the copies of later iterations need not wait for a host function.
   check(api().stream_wait(publishing_, mine.sent, 0), "cuStreamWaitEvent");
   const std::uint64_t bound = std::uint64_t{config_.lag} + 1;
-  if (iteration >= bound) {
-    const Slot& due = slot(iteration - bound);
-    check(api().stream_wait(publishing_, due.released, 0), "cuStreamWaitEvent");
-    if (due.landed == iteration - bound) check(api().stream_wait(publishing_, due.arrived, 0), "cuStreamWaitEvent");
-  }
+  if (iteration >= bound) check(api().stream_wait(publishing_, slot(iteration - bound).released, 0), "cuStreamWaitEvent");
   check(api().host_function(publishing_, publish, &mine), "cuLaunchHostFunc");
   handed_ = announced_;
 }
@@ -192,8 +186,8 @@ Outcome GpuExchange::wait(std::uint64_t iteration, cuda::Stream stream, std::uin
   if (iteration < handed_) check(api().stream_wait(stream, mine.sent, 0), "cuStreamWaitEvent");  // one's own message
   if (!staged_out_) return outcome;
   if (mine.landed != iteration) {
-    // Who used these windows last.
-    if (mine.released_of != kNever) check(api().stream_wait(in_, mine.released, 0), "cuStreamWaitEvent");
+    // Nobody uses these windows: that a peer has posted this iteration means that it has seen this rank's counter of
+    // iteration - lag - 1, which was published behind the release of what was here before, iteration - windows.
     for (std::uint32_t q = 0; q < ranks_; ++q) {
       const std::byte* from = q == rank_ ? nullptr : core_->message(iteration, q);
       const std::uint64_t bytes = core_->length(iteration, q);

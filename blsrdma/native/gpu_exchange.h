@@ -9,9 +9,10 @@
 //
 // The order, all of it by streams and events; the host waits for counters only, the device for the host never:
 //   message i leaves          the copies of i wait for what the caller's stream held at send() (its producers);
-//   counter i is published    by a host function behind those copies, and behind everything that read this rank's windows of
-//                             i - lag - 1: the caller's stream as it was at release(), and the copies out of host windows.
-//                             For that counter is what lets peers write these windows again (blsrdma/windows.py);
+//   counter i is published    by a host function behind those copies, and behind everything that uses this rank's windows of
+//                             i - lag - 1: the caller's stream as it was at release(). (What has used a staged message was
+//                             behind the copy out of its host window.) For that counter is what lets peers write these
+//                             windows again (blsrdma/windows.py);
 //   message i is used         by work that is launched after wait(), which has seen the counter on the host.
 // A peer's copies are complete, on its device, before the host function that stores its counter runs; work that is launched here
 // after that counter has been seen finds them.

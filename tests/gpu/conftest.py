@@ -7,22 +7,16 @@ from typing import TYPE_CHECKING
 import pytest
 
 from blsrdma.gpu import compiler
-from blsrdma.gpu.compiler import Compiled
 from blsrdma.gpu.device import open_device
 from blsrdma.ucx import native
 from tests.gpu import simulated
 from tests.gpu.memory import OnDevice
+from tests.gpu.rank import compiled_by_gcc
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
-    from pathlib import Path
+    from collections.abc import Iterator
 
     from blsrdma._native import cuda
-
-
-def compiled_by_gcc(source: Path, defines: Mapping[str, str | int], capability: compiler.Capability) -> Compiled:
-    """In place of `compiler.nvrtc`: what the simulated device runs."""
-    return Compiled(simulated.image(source, *(f"-D{name}={value}" for name, value in defines.items())), "")
 
 
 @pytest.fixture

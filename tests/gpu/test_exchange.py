@@ -62,11 +62,11 @@ def pinned(device, size, dtype=np.uint8):
 class Loop:
     """An inference loop whose device work is copies: what is sent is produced late, what is received is read late."""
 
-    def __init__(self, exchange: GpuExchange, iterations: int, placed: bool) -> None:
-        self.exchange, self.iterations, self.placed = exchange, iterations, placed
+    def __init__(self, exchange: GpuExchange, iterations: int, placed: bool, idles: int = 0) -> None:
+        self.exchange, self.iterations, self.placed, self.idles = exchange, iterations, placed, idles
         self.device = open_device(exchange.device)
         self.producing, self.consuming = self.device.stream(), self.device.stream()
-        room = exchange.world_size * WINDOW
+        room = exchange.world_size * WINDOW + 1
         self.buffers = [self.device.memory(room) for _ in range(exchange.lag + 2)]
         self.handles: deque = deque()
         self.last: dict[int, object] = {}
@@ -114,6 +114,8 @@ class Loop:
     def complete(self) -> None:
         handle, stream = self.handles.popleft(), self.consuming.address
         received = handle.wait(stream=stream)
+        for _ in range(self.idles):  # each is delayed
+            self.device.fill(self.buffers[0].address + self.exchange.world_size * WINDOW, 0, 1, stream)
         self.results.append([pinned(self.device, 4 * count, np.int32) for count in received.counts()])
         for view, into in zip(received, self.results[-1], strict=True):
             interface = view.__cuda_array_interface__
@@ -122,12 +124,12 @@ class Loop:
         handle.release(stream)
 
 
-def _exact(rank, world, store, lag, paths, iterations, placed, device):
+def _exact(rank, world, store, lag, paths, iterations, placed, device, idles=0):
     start()
     path = paths[rank % len(paths)]
     ordinal = rank % device
     with GpuExchange(store, rank, world, device=ordinal, lag=lag, window_bytes=WINDOW, gpu_path=path) as exchange:
-        Loop(exchange, iterations, placed).run()
+        Loop(exchange, iterations, placed, idles if rank == 0 else 0).run()
         return [peer["path"] for peer in exchange.stats()["peers"]], exchange.stats()["max_lead"]
 
 
@@ -159,6 +161,13 @@ def test_exact(ranks, paths, env, lag, placed):
         ]
         assert ways == expected
         assert lead <= lag + 1
+
+
+@pytest.mark.parametrize("path", ["ipc", "staged"])
+@pytest.mark.parametrize("placed", [False, True], ids=["posted", "placed"])
+def test_a_slow_consumer(path, placed):
+    """Rank 0's device falls behind its host by more than there are windows: its peer's must wait, not write them."""
+    run_ranks(_exact, 2, 1, [path], 30, placed, 1, 12, env={"SIMULATED_CUDA_DELAY_US": "400"})
 
 
 def test_devices_that_cannot_reach_one_another():
@@ -200,6 +209,31 @@ def _sent(rank, world, store):
         assert handle.sent()
         with pytest.raises(WindowHeld):
             handle.wait()
+
+
+def _reused(rank, world, store):
+    start()
+    device = open_device(0)
+    values, zeros, got = (pinned(device, 4 * 300, np.int32) for _ in range(3))
+    memory, writing, reading = device.memory(values.nbytes), device.stream(), device.stream()
+    send = GpuArray(memory.address, values.shape, values.dtype)
+    with GpuExchange(store, rank, world, device=0, window_bytes=WINDOW) as exchange:
+        for i in range(30):
+            values[:] = np.arange(300) + 1000 * i + 7 * rank
+            device.copy(memory.address, values.ctypes.data, values.nbytes, writing.address)
+            handle = exchange.post(send, [300, 0] if rank else [0, 300], stream=writing)
+            handle.order_after_sent(writing)
+            device.copy(memory.address, zeros.ctypes.data, zeros.nbytes, writing.address)
+            received = handle.wait(stream=reading)
+            device.copy(got.ctypes.data, received.addresses[1 - rank], got.nbytes, reading.address)
+            handle.release(reading)
+            assert device.synchronize(reading.address, 10**10)
+            np.testing.assert_array_equal(got, np.arange(300) + 1000 * i + 7 * (1 - rank))
+        assert device.synchronize(writing.address, 10**10)
+
+
+def test_what_was_sent_may_be_overwritten_by_the_device():
+    run_ranks(_reused, 2, env={"SIMULATED_CUDA_DELAY_US": "300"})
 
 
 def test_sent():
