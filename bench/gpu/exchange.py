@@ -22,6 +22,7 @@ NCCL_SECONDS = 40.0  # to refuse, or to begin
 def measure(effort: Effort, report: Callable[[str], None], keep: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     """Every size, number of ranks and system, without MPS and then with it. `keep` gets what there is on the way."""
     found: dict[str, Any] = {"runs": [], "skipped": {}, "mps": {}}
+    failure: TeamFailed | None = None
     found["nccl"] = nccl(effort)
     for served in (False, True):
         try:
@@ -34,9 +35,19 @@ def measure(effort: Effort, report: Callable[[str], None], keep: Callable[[dict[
             found["skipped"]["MPS"] = str(reason)
             report(f"without MPS only: {reason}")
         except TeamFailed as error:
-            found["skipped"][f"{'with' if served else 'without'} MPS"] = str(error)
+            failure = error
+            found["skipped"][f"{'with' if served else 'without'} MPS"] = words(error)
+            keep(found)
             report(str(error))
+    if failure is not None:
+        raise failure
     return found
+
+
+def words(error: TeamFailed) -> str:
+    """What happened, in one line: the first rank's own."""
+    first, *more = str(error).splitlines()
+    return f"{first} {more[0].strip()}" if more and first.endswith(":") else first
 
 
 @contextmanager
@@ -88,7 +99,7 @@ def _ranks(
             except TeamFailed as error:
                 if runtime == "bls":
                     raise
-                found["skipped"][runtime] = str(error).splitlines()[0]
+                found["skipped"][runtime] = words(error)
                 del teams[runtime]
                 continue
             found.setdefault("device", facts[0])
@@ -116,7 +127,7 @@ def _size(effort: Effort, teams: dict[str, Team], size: int, found: dict[str, An
         except TeamFailed as error:
             if runtime == "bls":
                 raise
-            found["skipped"][system] = str(error).splitlines()[0]
+            found["skipped"][system] = words(error)
             del teams[runtime], systems[system]
             continue
         turns[system] = min(reply["turns"] for reply in replies)

@@ -213,8 +213,21 @@ def test_a_part_that_fails_does_not_stop_the_next(
     assert "All-to-all of 2 ranks" in told.out and "DLRM of MLPerf" in told.out
     assert json.loads(written[0])["parts"]["exchange"]["half"]  # before it was done
     assert set(json.loads(path.read_text())["parts"]) == {"exchange", "dlrm"}
-    with pytest.raises(ValueError, match="not published"):
-        command.measure(options(parts=["exchange"], document=(path, "gpu")), TOY)
+
+
+def test_a_simulated_gpu_is_never_published(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    document = tmp_path / "gpu.md"
+    document.write_text("<!-- bench gpu -->\n<!-- end gpu -->\n")
+    before = document.read_text()
+    monkeypatch.setattr(command.environment, "busy_cores", lambda: 0.0)
+    for name, published in (("Simulated GPU 0", False), ("a GPU", True)):
+        part = {**made_up()["exchange"], "device": {"name": name, "total_bytes": 1, "driver": 13000}}
+        monkeypatch.setattr(command, "_PARTS", {"exchange": lambda *_, part=part: part})
+        status = command.measure(options(parts=["exchange"], document=(document, "gpu")), Effort())
+        assert (status == 0) == published == (document.read_text() != before)
+        assert ("mean nothing" in capsys.readouterr().err) != published
 
 
 def test_mps_that_does_not_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
