@@ -18,9 +18,6 @@ from bench.gpu.effort import Effort
 from bench.gpu.teams import team
 from bench.team import Team, TeamFailed
 
-DIM = 128
-BOTTOM, TOP = "13-512-256-128", "1024-1024-512-256-1"
-THIN_BOTTOM, THIN_TOP = "13-128", "1"
 # Rows of Criteo's Terabyte tables where at most 40 million are kept of each, as in MLPerf v1.
 ROWS = (39884406, 39043, 17289, 7420, 20263, 3, 7120, 1543, 63, 38532951, 2953546, 403346, 10, 2208, 11938, 155, 4, 976,
         14, 39979771, 25641295, 39664984, 585935, 12972, 108, 36)  # fmt: skip
@@ -51,21 +48,21 @@ def entries(effort: Effort) -> list[Entry]:
     ]
 
 
-def scaled(room_bytes: int, rows: tuple[int, ...] = ROWS) -> tuple[int, ...]:
-    """The tables' rows, the large ones so much smaller that all fit into so many bytes."""
-    room, limit = room_bytes // (4 * DIM), max(rows)
-    while sum(min(each, limit) for each in rows) > room and limit > 1:
+def scaled(room_bytes: int, dim: int) -> tuple[int, ...]:
+    """ROWS, the large tables so much smaller that all fit into so many bytes."""
+    room, limit = room_bytes // (4 * dim), max(ROWS)
+    while sum(min(each, limit) for each in ROWS) > room and limit > 1:
         limit = limit * 9 // 10
-    return tuple(min(each, limit) for each in rows)
+    return tuple(min(each, limit) for each in ROWS)
 
 
 def flags(effort: Effort, model: str, rows: tuple[int, ...], processes: int) -> list[str]:
     """Those of `python -m dlrm`."""
-    bottom, top = (THIN_BOTTOM, THIN_TOP) if model == "exchange" else (BOTTOM, TOP)
+    dim = effort.model_dim
+    bottom, top = (f"13-{dim}", "1") if model == "exchange" else (f"13-{effort.bottom}-{dim}", effort.top)
     sizes = (1,) * len(rows) if model == "dense" else rows
     given: dict[str, object] = {
-        **({} if effort.device == "cpu" else {"device": effort.device}), "arch-mlp-bot": bottom, "arch-mlp-top": top,
-        "arch-sparse-feature-size": DIM,
+        "device": "cuda", "arch-mlp-bot": bottom, "arch-mlp-top": top, "arch-sparse-feature-size": dim,
         "arch-embedding-size": "-".join(map(str, sizes)), "num-indices-per-lookup": 1,
         "mini-batch-size": effort.batch // (processes if model == "dense" else 1), "num-batches": effort.batches,
         "data-generation": "random", "placement": "greedy",
@@ -78,10 +75,11 @@ def measure(
     effort: Effort, report: Callable[[str], None], keep: Callable[[dict[str, Any]], None]
 ) -> dict[str, Any]:  # fmt: skip
     """Rounds over the entries; with MPS where there is one. Raises TeamFailed."""
-    ranks, rows = effort.ranks[0], scaled(effort.dlrm_bytes)
+    ranks, rows = effort.ranks[0], scaled(effort.dlrm_bytes, effort.model_dim)
     found: dict[str, Any] = {
-        "rows": list(rows), "ranks": ranks, "runs": {}, "skipped": {}, "mps": False, "batch": effort.batch,
-        "batches": effort.batches, "lag": effort.lag, "delay": effort.delay,
+        "rows": list(rows), "ranks": ranks, "runs": {}, "looked": {}, "skipped": {}, "mps": False,
+        "dim": effort.model_dim, "batch": effort.batch, "batches": effort.batches, "lag": effort.lag,
+        "delay": effort.delay,
     }  # fmt: skip
     with ExitStack() as stack:
         environment: dict[str, str] = {}
@@ -100,37 +98,35 @@ def measure(
             )  # fmt: skip
             found["device"] = replies[0]["device"]
             report(f"dlrm: {model}: loaded")
+        chosen = entries(effort)
+        for entry in chosen[2:4]:  # the whole, at both lags
+            found["looked"][entry.name] = _run(servers, entry, effort, 0, look=True)
+        digests = {one["digest"] for one in found["looked"].values()}
+        if len(digests) != 1:
+            raise TeamFailed(f"lags pooled different vectors out of the same batches: {sorted(digests)}")
         for repetition in range(effort.runs):
-            chosen = entries(effort)
             for k in range(len(chosen)):
                 entry = chosen[(k + repetition) % len(chosen)]
-                values = _run(servers, entry, effort, digest=repetition == 0 and entry.model == "whole")
-                found["runs"].setdefault(entry.name, []).append(values)
-                report(f"dlrm: {entry.name}: {values['ms']:.3f} ms per iteration")
+                found["runs"].setdefault(entry.name, []).append(_run(servers, entry, effort, repetition))
             keep(found)
-    digests = {one["digest"] for runs in found["runs"].values() for one in runs if one["digest"]}
-    if len(digests) != 1:
-        raise TeamFailed(f"runs of the same batches have pooled other vectors: {sorted(digests)}")
+            report(f"dlrm: round {repetition + 1} of {effort.runs}")
+    found["runs"] = {entry.name: found["runs"][entry.name] for entry in chosen}
     return found
 
 
-def _run(servers: Team, entry: Entry, effort: Effort, digest: bool) -> dict[str, Any]:
-    """One run of an entry."""
-    if digest:  # apart from the time: it keeps what it pools
-        (checked, *_) = servers.call("run", function=f"{_RANK}:serve", name=entry.model, job=f"gpu-{next(_JOBS)}",
-                                     lag=entry.lag, delay="none", digest=True, limit=effort.limit)  # fmt: skip
-    replies = [
-        reply
-        for reply in servers.call(
-            "run", function=f"{_RANK}:serve", name=entry.model, job=f"gpu-{next(_JOBS)}", lag=entry.lag,
-            delay=entry.delay, digest=False, limit=effort.limit,
-        )
-        if reply
-    ]  # fmt: skip
+def _run(servers: Team, entry: Entry, effort: Effort, seed: int, look: bool = False) -> dict[str, Any]:
+    """One run of an entry; with `look` a short one that says more."""
+    replies = servers.call(
+        "run", function=f"{_RANK}:serve", name=entry.model, job=f"gpu-{next(_JOBS)}", lag=entry.lag, delay=entry.delay,
+        seed=seed, look=look, limit=effort.limit,
+    )  # fmt: skip
+    told = [reply for reply in replies if reply]
+    batches = told[0]["batches"]
+    steps = told[0]["gpu"][0]["steps_ms"] or {}
     return {
-        "ms": max(one["ms_per_iteration"] for one in replies), "p99": max(one["latency_ms"]["p99"] for one in replies),
-        "samples_per_s": sum(one["samples_per_s"] for one in replies), "floor_ms": replies[0]["floor_ms"],
-        "batches": replies[0]["batches"], "paths": replies[0]["bytes_by_path"], "lead": replies[0]["max_lead_seen"],
-        "table_bytes": sum(replies[0]["table_bytes"]), "phases_ms": replies[0]["phases_ms"],
-        "digest": checked["pooled_sha256"] if digest else None,
+        "ms": max(one["ms_per_iteration"] for one in told), "p99": max(one["latency_ms"]["p99"] for one in told),
+        "samples_per_s": sum(one["samples_per_s"] for one in told), "batches": batches, "lag": entry.lag,
+        "paths": told[0]["bytes_by_path"], "lead": told[0]["max_lead_seen"], "slept_ms": told[0]["slept_ms"],
+        "table_bytes": sum(told[0]["table_bytes"]), "digest": told[0]["pooled_sha256"],
+        "steps_ms": {step: spent / batches for step, spent in steps.items()},
     }  # fmt: skip

@@ -48,14 +48,16 @@ class Effort:
     sizes: tuple[int, ...] = (4 << 10, 64 << 10, 1 << 20, 16 << 20)  # bytes from each rank to each other
     lags: tuple[int, ...] = (0, 4)
     block_seconds: float = 0.03  # of one system in one round
-    # DLRM
-    device: str = "cuda"
-    dlrm_bytes: int = 8 << 30  # of all tables
-    batch: int = 16384
-    batches: int = 100
+    # DLRM: MLPerf v1's shape
+    model_dim: int = 128
+    bottom: str = "512-256"  # hidden layers
+    top: str = "1024-1024-512-256-1"
+    dlrm_bytes: int = 4 << 30  # of all tables
+    batch: int = 8192
+    batches: int = 60  # that fit into memory before time is taken (dlrm.data.batch.preload)
     lag: int = 4
     delay: str = "exp:p=0.1,mean=2ms"
-    runs: int = 3
+    runs: int = 7
 
 
 QUICK = Effort(repeat=3, copy_bytes=1 << 28, kernel_ms=5.0, block_seconds=0.01, memory_share=0.1, tier_rows=50_000,

@@ -8,13 +8,14 @@ from typing import Any
 from bench.intervals import of_ratio
 from bench.summary import summarise
 from bench.table import Table, microseconds, times
+from blsrdma.lag import max_plus
 from blsrdma.settings import format_size
 
 LOOKUP_SHARE, LOOKUP_FBGEMM = 0.8, 1.0  # what is to be reached
 EXCHANGE_SHARE, EXCHANGE_GLOO = 0.6, 5.0
 LARGEST = 16 << 20  # bytes to each pair, of the goals of exchanges
 DLRM_OVER = 1.1
-DELAYED = 1.15  # of the floor: as on the CPU
+DELAYED = 1.15  # of the model: as on the CPU
 
 Values = dict[str, Any]
 
@@ -162,21 +163,23 @@ def dlrm(part: Values) -> Table:
     runs = max(map(len, part["runs"].values()))
     table = Table(
         f"DLRM of MLPerf v1's shape, {part['ranks']} ranks on one GPU, {'with' if part['mps'] else 'without'} MPS: "
-        f"batch {part['batch']:,}, tables of {sum(part['rows']):,} rows x 128 fp32",
-        ["<", "samples/s", "p99 ms", "ms per iteration", "time / larger half", "time / floor"],
+        f"batch {part['batch']:,}, tables of {sum(part['rows']):,} rows x {part['dim']} fp32",
+        ["<", "samples/s", "p99 ms", "ms per iteration", "time / larger half", "time / model"],
         notes=[f"Medians of {runs} runs of {part['batches']} batches ± half the interquartile range, host's clock.",
                "Dense alone: tables of one row; nothing is exchanged. Lookups and exchange alone: MLPs of one layer.",
-               f"Delayed: {part['delay']}. Floor: what the ranks' own work and delays must take at that lag."],
+               f"Delayed: {part['delay']}. Model: the delays as they were slept, an iteration as undelayed.",
+               *(f"On rank 0's GPU, ms per iteration of {name}: " + ", ".join(f"{k} {v:.3f}" for k, v in steps.items())
+                 for name, steps in ((name, one["steps_ms"]) for name, one in part["looked"].items()) if steps)],
     )  # fmt: skip
     larger = larger_half(part)
     for name, found in part["runs"].items():
         ms = [run["ms"] for run in found]
         rate = [run["samples_per_s"] for run in found]
-        floors = [run["ms"] * run["batches"] / run["floor_ms"] for run in found if run["floor_ms"]]
+        over = over_model(part, name)
         table.rows.append([
             name, f"{median(rate):,.0f} {_spread(rate)}", f"{median(run['p99'] for run in found):.2f}",
             f"{median(ms):.3f}", _ratio(ms, larger) if larger and not name.endswith("alone") else "",
-            times(median(floors)) if floors else "",
+            f"{median(over):.2f}" if over else "",
         ])  # fmt: skip
     return table
 
@@ -186,6 +189,18 @@ def larger_half(part: Values) -> list[float]:
     halves = [[run["ms"] for run in part["runs"].get(name, [])]
               for name in ("dense alone", "lookups and exchange alone")]  # fmt: skip
     return max(halves, key=median) if all(halves) else []
+
+
+def over_model(part: Values, name: str) -> list[float]:
+    """Time of each delayed run / that of the max-plus model, whose iteration costs what an undelayed one takes at the
+    same lag."""
+    found: list[float] = []
+    for run in part["runs"].get(name, []):
+        calm = [one["ms"] for one in part["runs"].get(name.replace("delayed", "whole"), [])]
+        if run["slept_ms"] and calm:
+            ends = max_plus(run["slept_ms"], run["lag"], median(calm))[:, -1]
+            found.append(run["ms"] * run["batches"] / float(ends.max()))
+    return found
 
 
 # --- what was to be reached
@@ -226,23 +241,19 @@ def goals(parts: Values) -> Table:
         row("exchange, 16 MiB per pair: bandwidth / copy", f">= {EXCHANGE_SHARE}", None, False)
     model = parts.get("dlrm")
     larger = larger_half(model) if model else []
-    whole = _dlrm(model, "whole, lag") if model else []
+    whole = [run["ms"] for run in model["runs"].get(_name(model, "whole, lag"), [])] if model else []
     over = median(whole) / median(larger) if larger and whole else None
     row("DLRM: iteration / the larger of its halves alone", f"<= {DLRM_OVER}", over, bool(over and over <= DLRM_OVER))
-    delayed = [run["ms"] * run["batches"] / run["floor_ms"] for run in _runs(model, "delayed, lag") if run["floor_ms"]]
+    delayed = over_model(model, _name(model, "delayed, lag")) if model else []
     value = median(delayed) if delayed else None
-    row("DLRM, delayed: iteration / floor at that lag", f"<= {DELAYED}", value, bool(value and value <= DELAYED))
+    row("DLRM, delayed: iteration / model at that lag", f"<= {DELAYED}", value, bool(value and value <= DELAYED))
     return table
 
 
-def _runs(part: Values | None, name: str) -> list[Values]:
+def _name(part: Values, begins: str) -> str:
     """Of the entry with the largest lag whose name begins so."""
-    names = [each for each in (part["runs"] if part else {}) if each.startswith(name)]
-    return part["runs"][max(names, key=lambda each: int(each.split()[-1]))] if part and names else []
-
-
-def _dlrm(part: Values, name: str) -> list[float]:
-    return [run["ms"] for run in _runs(part, name)]
+    names = [name for name in part["runs"] if name.startswith(begins)]
+    return max(names, key=lambda name: int(name.split()[-1]), default="")
 
 
 def _spread(samples: list[float]) -> str:

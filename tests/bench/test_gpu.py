@@ -28,7 +28,8 @@ ROOT = Path(__file__).resolve().parents[2]
 TOY = Effort(
     prepare="tests.bench.gpu_device:simulate", repeat=2, copy_bytes=1 << 14, rows=60, tables=2, dim=8, pooling=3,
     samples=12, block=501, draws=("zipf:s=1.05",), hot_shares=(0.7,), tier_rows=60, kernel_ms=0.01, ranks=(2,),
-    sizes=(4096,), lags=(0, 1), block_seconds=0.001, device="cpu", dlrm_bytes=1 << 20, batch=32, batches=6, lag=1,
+    sizes=(4096,), lags=(0, 1), block_seconds=0.001, model_dim=8, bottom="8", top="8-1", dlrm_bytes=1 << 14,
+    batch=32, batches=6, lag=1,
     delay="exp:p=0.5,mean=1ms", runs=2,
 )  # fmt: skip
 
@@ -100,19 +101,22 @@ def made_up(seconds: float = 1.0) -> dict[str, Any]:
         "ms": {"ipc 0": [0.1 * seconds] * 3, "ipc 4": [0.2] * 3, "staged 4": [1.0] * 3, "gloo": [0.6] * 3},
         "facts": {"ipc 0": {"paths": ["ipc"]}, "staged 4": {"paths": ["staged"]}, "gloo": {}}, "checked": 1,
     }  # fmt: skip
-    row = {"samples_per_s": 1e6, "p99": 2.0, "floor_ms": 10.0, "batches": 10, "digest": None}
+    row = {"samples_per_s": 1e6, "p99": 2.0, "batches": 10, "digest": None, "slept_ms": [], "lag": 4}
+    late = [[4.0] + [0.0] * 9, [0.0] * 9 + [4.0]]  # of two ranks: one at the start, one at the end
     runs = {
-        "dense alone": [{**row, "ms": 0.5, "floor_ms": None}], "lookups and exchange alone": [{**row, "ms": 1.0}],
-        "whole, lag 4": [{**row, "ms": 1.05 * seconds}], "delayed, lag 0": [{**row, "ms": 3.0}],
-        "delayed, lag 4": [{**row, "ms": 1.1 * seconds}],
+        "dense alone": [{**row, "ms": 0.5}], "lookups and exchange alone": [{**row, "ms": 1.0}],
+        "whole, lag 0": [{**row, "ms": 1.5, "lag": 0}], "whole, lag 4": [{**row, "ms": 1.05 * seconds}],
+        "delayed, lag 0": [{**row, "ms": 2.53, "lag": 0, "slept_ms": late}],
+        "delayed, lag 4": [{**row, "ms": 1.6 * seconds**2, "slept_ms": late}],
     }  # fmt: skip
     return {
         "lookup": {**common, "cases": {"zipf:s=1.05": case}, "tiers": {
             "tiers": [tier], "ms": {"all": [1.0], "0.9": [2.0]}, "host_gbs": [100.0], "work": work}},
         "exchange": {**common, "runs": [run], "skipped": {"MPS": "there is none"},
                      "nccl": {"works": False, "why": "Duplicate GPU detected"}},
-        "dlrm": {**common, "ranks": 2, "rows": [5, 6], "runs": runs, "skipped": {}, "mps": False, "batch": 64,
-                 "batches": 10, "lag": 4, "delay": "exp:p=0.1,mean=2ms"},
+        "dlrm": {**common, "ranks": 2, "rows": [5, 6], "dim": 128, "runs": runs, "skipped": {}, "mps": False,
+                 "batch": 64, "batches": 10, "lag": 4, "delay": "exp:p=0.1,mean=2ms",
+                 "looked": {"whole, lag 4": {"steps_ms": {"pool": 0.25}}}},
     }  # fmt: skip
 
 
@@ -128,7 +132,7 @@ def test_goals_are_told_in_words() -> None:
     assert good[f"{where}: bandwidth / copy"] == [">= 0.6", "0.67", "reached"]
     assert good[f"{where}: speed / gloo"] == [">= 5", "6.00", "reached"]
     assert good["DLRM: iteration / the larger of its halves alone"] == ["<= 1.1", "1.05", "reached"]
-    assert good["DLRM, delayed: iteration / floor at that lag"] == ["<= 1.15", "1.10", "reached"]
+    assert good["DLRM, delayed: iteration / model at that lag"] == ["<= 1.15", "1.10", "reached"]  # 16 of 14.5 ms
     bad = rows(report.goals(made_up(1.3)))
     assert [row[-1] for row in bad.values()].count("missed") == 5
     assert {row[-1] for row in rows(report.goals({})).values()} == {"not measured"}
@@ -141,7 +145,9 @@ def test_tables() -> None:
     assert "| zipf:s=1.05 | torch, one over all | 2.000 ±0% | 400 | 0.40 | 1,000 | 1.00 | 2.0 (2.0–2.0) |" in texts[0]
     assert "| 91.0% | 10 | 1.0 GiB | 2.000 ±0% | 2.0 (2.0–2.0) | 50.0 | 0.50 |" in texts[1]
     assert "| 16.0 MiB | 100 ±0% | 200 ±0% | 1,000 ±0% | 600 ±0% | 0.671 (ipc, lag 0) | 6.0 (6.0–6.0) |" in texts[2]
-    assert "| whole, lag 4 | 1,000,000 ±0% | 2.00 | 1.050 | 1.05 (1.05–1.05) | 1.05 |" in texts[3]
+    assert "| whole, lag 4 | 1,000,000 ±0% | 2.00 | 1.050 | 1.05 (1.05–1.05) |  |" in texts[3]
+    assert "| delayed, lag 0 | 1,000,000 ±0% | 2.00 | 2.530 | 2.5 (2.5–2.5) | 1.10 |" in texts[3]  # 25.3 of 23 ms
+    assert "ms per iteration of whole, lag 4: pool 0.250" in texts[3]
     said = report.about(parts)
     assert "NCCL between ranks on one GPU is not measurable: Duplicate GPU detected" in said
     assert "left out: MPS: there is none" in said
@@ -180,14 +186,20 @@ def test_dlrm() -> None:
     assert set(found["runs"]) == {entry.name for entry in dlrm.entries(TOY)}
     assert all(len(runs) == 2 for runs in found["runs"].values())
     assert min(run["ms"] for runs in found["runs"].values() for run in runs) > 0
-    assert sum(run["digest"] is not None for runs in found["runs"].values() for run in runs) == 4  # of the whole
+    assert {run["digest"] for run in found["looked"].values()} and len(found["looked"]) == 2
+    assert all(spent > 0 for run in found["looked"].values() for spent in run["steps_ms"].values())
+    (delayed,) = (runs for name, runs in found["runs"].items() if name == "delayed, lag 1")
+    assert len(delayed[0]["slept_ms"]) == 2 and len(delayed[0]["slept_ms"][0]) == 6
+    assert delayed[0]["slept_ms"] != delayed[1]["slept_ms"]
+    assert set(delayed[0]["paths"]) == {"self", "ipc"}
+    assert report.over_model(found, "delayed, lag 1")
 
 
 def test_rows_are_scaled() -> None:
-    rows_ = dlrm.scaled(8 << 30)
+    rows_ = dlrm.scaled(8 << 30, 128)
     assert len(rows_) == 26 and 0.8 * (8 << 30) < sum(rows_) * 512 <= 8 << 30
     assert rows_[5] == 3 and rows_[0] == rows_[19]
-    assert dlrm.scaled(1 << 50) == dlrm.ROWS
+    assert dlrm.scaled(1 << 50, 128) == dlrm.ROWS
 
 
 def test_a_part_that_fails_does_not_stop_the_next(
