@@ -1,4 +1,5 @@
-"""The process group "bls": all_to_all of CPU tensors on an Exchange, everything else by gloo (CPU) and NCCL (CUDA).
+"""The process group "bls": all_to_all on an Exchange, for CUDA tensors on a GpuExchange; everything else by gloo (CPU)
+and NCCL (CUDA).
 
 It is a Python subclass of torch's ProcessGroup. Mind, when changing it:
 
@@ -73,7 +74,9 @@ class BlsProcessGroup(ProcessGroup):
         # The store may hold what ranks wrote before a restart, which gloo would believe: a fresh prefix for everything.
         met = rendezvous.meet({"lag": settings.lag, "window_bytes": settings.window_bytes}, {})
         self._store = PrefixStore(f"{met.id}/", store)
-        self._lane = Lane(self._store, rank, ranks, seconds, lag=settings.lag, window_bytes=settings.window_bytes)
+        self._settings = {"lag": settings.lag, "window_bytes": settings.window_bytes}
+        self._lane = Lane(self._store, rank, ranks, seconds, **self._settings)
+        self._gpu_lanes: dict[int, Lane] = {}  # by the number of the device, of CUDA tensors
         self._done = Done([])
         self._rest = ProcessGroup(self._store, rank, ranks)
         self._add_gloo(name, global_ranks or [])
@@ -99,14 +102,15 @@ class BlsProcessGroup(ProcessGroup):
         with _RecordFunctionFast("bls:all_to_all"):
             if type(input) is not Tensor or type(output) is not Tensor:
                 output, input = _plain(output), _plain(input)  # noqa: A001
-            if not (input.is_cpu and output.is_cpu):
+            lane = self._lane_of(input)
+            if lane is None or output.device != input.device:
                 return self._rest.alltoall_base(
                     output, input, list(output_split_sizes), list(input_split_sizes), *_given(opts)
                 )
             if output.dtype is not input.dtype:
                 raise SettingsError(f"all_to_all_single: output is {output.dtype}, input {input.dtype}")
             send, counts, receive, expected = plan(output, input, output_split_sizes, input_split_sizes, self._ranks)
-            return self._go(send, counts, receive, expected, opts)
+            return self._go(lane, send, counts, receive, expected, opts)
 
     alltoall_base = all_to_all_single  # type: ignore[assignment]  # its name before torch 2.13, and in C++
 
@@ -117,16 +121,39 @@ class BlsProcessGroup(ProcessGroup):
                 raise CountsError(
                     f"all_to_all needs one tensor per rank, {self._ranks}, not {len(inputs)} in and {len(outputs)} out"
                 )
+            lane = self._lane_of(inputs[0])
+            if lane is None or any(tensor.device != inputs[0].device for tensor in (*inputs, *outputs)):
+                return self._rest.alltoall(outputs, inputs, *_given(opts))
             for tensor in (*inputs, *outputs):
-                if not tensor.is_cpu:
-                    return self._rest.alltoall(outputs, inputs, *_given(opts))
                 if tensor.dtype is not inputs[0].dtype:
                     raise SettingsError(f"all_to_all: tensors are {tensor.dtype} and {inputs[0].dtype}")
             send = torch.cat([tensor.detach().reshape(-1) for tensor in inputs])
-            return self._go(send, [t.numel() for t in inputs], outputs, [t.numel() for t in outputs], opts)
+            return self._go(lane, send, [t.numel() for t in inputs], outputs, [t.numel() for t in outputs], opts)
+
+    def _lane_of(self, tensor: Tensor) -> Lane | None:
+        """Of the device that the tensor is on; each GPU's is made by the first operation there. None: a device of whose
+        memory we know nothing."""
+        if tensor.is_cpu:
+            return self._lane
+        if not tensor.is_cuda:
+            return None
+        number = tensor.device.index
+        if number not in self._gpu_lanes:
+            from blsrdma.gpu.backend_lane import GpuLane
+
+            store = PrefixStore(f"gpu/{len(self._gpu_lanes)}/", self._store)
+            timeout, settings = self._lane.timeout, self._settings
+            self._gpu_lanes[number] = GpuLane(store, self.rank(), self.size(), timeout, device=number, **settings)
+        return self._gpu_lanes[number]
 
     def _go(
-        self, send: Tensor, counts: list[int] | None, outputs: Tensor | list[Tensor], expected: list[int], opts: Any
+        self,
+        lane: Lane,
+        send: Tensor,
+        counts: list[int] | None,
+        outputs: Tensor | list[Tensor],
+        expected: list[int],
+        opts: Any,
     ) -> dist.Work:
         timeout = None
         if opts is not None:
@@ -134,9 +161,9 @@ class BlsProcessGroup(ProcessGroup):
             if given > _UNSET:
                 timeout = given.total_seconds()
             if opts is not given and not opts.asyncOp:
-                self._lane.run(send, counts, outputs, expected, timeout)
+                lane.run(send, counts, outputs, expected, timeout)
                 return self._done
-        return AllToAllWork.of(self._lane, self._lane.post(send, counts, outputs, expected, timeout))
+        return AllToAllWork.of(lane, lane.post(send, counts, outputs, expected, timeout))
 
     # --- the group
 
@@ -151,7 +178,8 @@ class BlsProcessGroup(ProcessGroup):
 
     def set_timeout(self, timeout: timedelta) -> None:
         self._timeout = timeout
-        self._lane.timeout = timeout.total_seconds()
+        for lane in self._lanes():
+            lane.timeout = timeout.total_seconds()
         for device in self._device_types:
             self._get_backend(device).set_timeout(timeout)
 
@@ -182,13 +210,18 @@ class BlsProcessGroup(ProcessGroup):
 
     def shutdown(self) -> None:
         """destroy_process_group: leave. Idempotent."""
-        self._lane.close()
+        for lane in self._lanes():
+            lane.close()
         self._rest.shutdown()
 
     def abort(self) -> None:
         """End every wait of this rank with an error, from any thread; the peers' too. Idempotent."""
-        self._lane.close(BlsrdmaError("the process group has been aborted"))
+        for lane in self._lanes():
+            lane.close(BlsrdmaError("the process group has been aborted"))
         self._rest.abort()
+
+    def _lanes(self) -> list[Lane]:
+        return [*self._gpu_lanes.values(), self._lane]
 
     # --- the backends that do the rest
 

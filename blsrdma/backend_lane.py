@@ -126,7 +126,7 @@ class Lane:
             try:
                 while not operation.received and self._flying and self._flying[0].handle.ready():
                     self._receive_oldest(self._deadline(None))
-                if operation.received and operation.handle.sent():
+                if operation.received and self._sent(operation.handle):
                     operation.done = True
             except PeerTimeout:
                 return False
@@ -173,9 +173,7 @@ class Lane:
 
     def _open(self) -> Exchange:
         self._refuse_if_ended()
-        exchange = Exchange(
-            self._store, self._rank, self._ranks, name="all_to_all", timeout=self.timeout, **self._settings
-        )
+        exchange = self._make()
         try:
             self._refuse_if_ended()  # meanwhile
         except BaseException as error:
@@ -184,6 +182,17 @@ class Lane:
         self.exchange = exchange
         self._lag, self._window_bytes = exchange.lag, exchange.window_bytes
         return exchange
+
+    # What differs where tensors are in GPU memory (blsrdma.gpu.backend_lane).
+
+    def _make(self) -> Exchange:
+        return Exchange(self._store, self._rank, self._ranks, name="all_to_all", timeout=self.timeout, **self._settings)
+
+    _receive = staticmethod(receive)
+
+    def _sent(self, handle: Handle) -> bool:
+        """Whether the caller may write into what was sent."""
+        return handle.sent()
 
     def _refuse_if_ended(self) -> None:
         if self._ended is not None:
@@ -204,7 +213,7 @@ class Lane:
         handle: Handle | None = None
         while handle is None:
             try:
-                handle = exchange.post(send, counts, self._slice(deadline))
+                handle = exchange.post(send, counts, timeout=self._slice(deadline))
             except SendBufferError:
                 usable = send.contiguous().resolve_conj().resolve_neg()
                 if usable is send:
@@ -228,7 +237,7 @@ class Lane:
         expected: list[int],
     ) -> Operation | None:
         try:
-            handle = exchange.post(send, counts, _SLICE_S)
+            handle = exchange.post(send, counts, timeout=_SLICE_S)
         except (PeerTimeout, SendBufferError):
             return None
         operation = Operation(handle, outputs, expected)
@@ -241,13 +250,13 @@ class Lane:
             return False
         handle = operation.handle
         try:
-            receive(handle, operation.outputs, operation.expected, _SLICE_S)
+            self._receive(handle, operation.outputs, operation.expected, _SLICE_S)
         except BlsrdmaError:
             return False  # and is met again
         operation.received = True
         handle.release()
         self._flying.popleft()
-        operation.done = handle.sent()
+        operation.done = self._sent(handle)
         return operation.done
 
     def _run_alone(
@@ -260,11 +269,11 @@ class Lane:
     ) -> Operation | None:
         """Post and wait, with nothing else in flight. What it has not finished it returns."""
         try:
-            handle = exchange.post(send, counts, _SLICE_S)
+            handle = exchange.post(send, counts, timeout=_SLICE_S)
         except (PeerTimeout, SendBufferError):
             return self._post(send, counts, outputs, expected, self._deadline(None))
         try:
-            receive(handle, outputs, expected, _SLICE_S)
+            self._receive(handle, outputs, expected, _SLICE_S)
         except PeerTimeout:
             operation = Operation(handle, outputs, expected)
             self._flying.append(operation)
@@ -273,7 +282,7 @@ class Lane:
             handle.release()
             raise
         handle.release()
-        if handle.sent():
+        if self._sent(handle):
             return None
         operation = Operation(handle, outputs, expected)
         operation.received = True
@@ -284,7 +293,7 @@ class Lane:
         operation = self._flying[0]
         while not operation.received:
             try:
-                receive(operation.handle, operation.outputs, operation.expected, self._slice(deadline))
+                self._receive(operation.handle, operation.outputs, operation.expected, self._slice(deadline))
                 operation.received = True
                 operation.handle.release()
             except PeerTimeout:
@@ -300,7 +309,7 @@ class Lane:
             self._receive_oldest(deadline)
         pause = 0.0
         while not operation.done:
-            if operation.handle.sent():
+            if self._sent(operation.handle):
                 operation.done = True
             elif self._over(deadline):
                 raise _not_sent(operation)

@@ -415,6 +415,11 @@ class GpuHandle:
         self._send: Any = None  # kept alive: the exchange reads it until sent()
         self.iteration, self.released = iteration, False
 
+    @property
+    def item_bytes(self) -> int:
+        """Bytes of one item of `send`, along its leading dimension."""
+        return self._buffer.item_bytes
+
     def ready(self) -> bool:
         """Whether every rank's message is here, so that wait() need not wait for a peer."""
         inner = self._exchange._inner
