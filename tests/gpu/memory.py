@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,7 +21,7 @@ class OnDevice:
 
     def __init__(self, device: cuda.Device) -> None:
         self.device = device
-        self._kept: list[cuda.Memory] = []
+        self._kept: list[cuda.Memory | cuda.HostMemory] = []
 
     def put(self, array: NDArray[Any] | torch.Tensor, offset: int = 0) -> int:
         """The address of a copy, `offset` bytes behind one that is aligned."""
@@ -31,8 +32,14 @@ class OnDevice:
         return address
 
     def room(self, size: int) -> int:
-        self._kept.append(self.device.memory(max(size, 16)))
-        return self._kept[-1].address
+        self._kept.append(memory := self.device.memory(max(size, 16)))
+        return memory.address
+
+    def put_on_host(self, array: NDArray[Any]) -> int:
+        """The address for kernels of a copy in page-locked host memory."""
+        self._kept.append(memory := self.device.host_memory(max(array.nbytes, 16)))
+        ctypes.memmove(memory.host, np.ascontiguousarray(array).ctypes.data, array.nbytes)
+        return memory.address
 
     def floats(self, address: int, *sizes: int) -> torch.Tensor:
         out = torch.empty(sizes)

@@ -50,17 +50,17 @@ def resident(
         return GpuTable(number, count, on.put(data), mean=mean)
     some = count // 3
     if hot == "none":
-        return GpuTable(number, count, 0, 0, cold=on.put(data), mean=mean)
+        return GpuTable(number, count, 0, 0, cold=on.put_on_host(data), mean=mean)
     if hot == "first":
         cold = data.copy().view(np.uint8)
         cold[:some] = 0xFF
-        return GpuTable(number, count, on.put(data[:some]), some, cold=on.put(cold), mean=mean)
+        return GpuTable(number, count, on.put(data[:some]), some, cold=on.put_on_host(cold), mean=mean)
     chosen = rng.permutation(count)[:some]
     slots = np.full(count, -1, np.int32)
     slots[chosen] = np.arange(some)
     cold = data.copy().view(np.uint8)
     cold[chosen] = 0xFF
-    return GpuTable(number, count, on.put(data[chosen]), some, on.put(cold), on.put(slots), mean=mean)
+    return GpuTable(number, count, on.put(data[chosen]), some, on.put_on_host(cold), on.put(slots), mean=mean)
 
 
 def messages(on: OnDevice, starts: list[int], tables: int, dim: int, offset: int = 0) -> list[int]:
