@@ -1,13 +1,13 @@
 """What dlrm.gpu.accelerator is on a real GPU, for the simulated one: torch's CPU tensors over its memory.
 
 A dense function runs on the host, once the stream that it belongs to has come so far: in the order of a GPU, though not
-as asynchronous. All else of a run (uploads, kernels, the exchange) is the product's own code on the simulated driver.
+as asynchronous. All else of a run (uploads, kernels, the exchange) is the product's own code on the simulated driver,
+which must not keep its memory from the host (SIMULATED_CUDA_PROTECT=0): other streams use it at the same time.
 """
 
 from __future__ import annotations
 
 import ctypes
-import mmap
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 TIMEOUT_NS = 60_000_000_000
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 class SimulatedAccelerator(Accelerator):
@@ -55,17 +54,9 @@ class SimulatedAccelerator(Accelerator):
 
         def put() -> None:
             if self.device.synchronize(lane.address, self.patience_ns):  # else it hangs, and never comes to this
-                self._reach()
                 work()
 
         self.settle()
         for _ in range(WARM_UPS):
             put()
         return put
-
-    def _reach(self) -> None:
-        """The simulated device keeps its memory from the host while it does not use it: this is the device's work."""
-        for memory in self._memory:
-            begin = memory.address // mmap.PAGESIZE * mmap.PAGESIZE
-            size = memory.address + memory.size - begin
-            assert _libc.mprotect(ctypes.c_void_p(begin), ctypes.c_size_t(size), mmap.PROT_READ | mmap.PROT_WRITE) == 0

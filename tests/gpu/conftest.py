@@ -1,4 +1,4 @@
-"""A device that is none, for tests of kernels."""
+"""Devices for tests of kernels."""
 
 from __future__ import annotations
 
@@ -19,13 +19,20 @@ if TYPE_CHECKING:
     from blsrdma._native import cuda
 
 
-@pytest.fixture
-def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[cuda.Device]:
-    """The simulated device, as the product's code sees it; kernels are compiled for it."""
-    native.cuda.load(str(simulated.driver()))
+@pytest.fixture(params=["simulated", pytest.param("real", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[cuda.Device]:
+    """A device as the product's code sees it: simulated, with kernels that g++ compiles, or a real one."""
+    real = request.param == "real"
+    native.cuda.load(*([] if real else [str(simulated.driver())]))
+    found = open_device(0)
+    if real == found.name.startswith("Simulated"):
+        pytest.skip("this process has another driver: -m gpu is for the real one, -m 'not gpu' for the simulated one")
+    if real:
+        yield found
+        return
     monkeypatch.setattr(compiler, "build", compiled_by_gcc)
     before = simulated.complaints()
-    yield open_device(0)
+    yield found
     assert simulated.complaints() == before
 
 

@@ -45,6 +45,7 @@ def simulate() -> None:
     from blsrdma.ucx import native
     from tests.gpu.conftest import compiled_by_gcc
 
+    os.environ["SIMULATED_CUDA_PROTECT"] = "0"  # torch computes in the host's place (see tests.gpu.accelerator)
     native.cuda.load(str(simulated.driver()))
     compiler.build = compiled_by_gcc
 
