@@ -41,13 +41,10 @@ SLOW = {"SIMULATED_CUDA_DELAY_US": "300"}  # an operation takes up to so much lo
 
 def simulate() -> None:
     """Let this process see the simulated device."""
-    from blsrdma.gpu import compiler
-    from blsrdma.ucx import native
-    from tests.gpu.conftest import compiled_by_gcc
+    from tests.gpu.rank import start
 
-    os.environ["SIMULATED_CUDA_PROTECT"] = "0"  # torch computes in the host's place (see tests.gpu.accelerator)
-    native.cuda.load(str(simulated.driver()))
-    compiler.build = compiled_by_gcc
+    os.environ["SIMULATED_CUDA_PROTECT"] = "0"  # torch computes in the device's place (see tests.gpu.accelerator)
+    start()
 
 
 def on_gpu(line: str, rank: int, ranks: int) -> GpuWorker:
