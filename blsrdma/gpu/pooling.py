@@ -207,6 +207,8 @@ class PooledLookup:
         the bags must remain until it has been checked. Not while the stream is captured for a graph.
         """
         _check_starts(bags, destinations, starts)
+        if bags.samples * shape(self.dim, 1)[1] >= 1 << 31:  # groups are numbered by 32 bits
+            raise BagsError(f"{bags.samples} samples of dim {self.dim} are too many", self.tables[0].table)
         number = self._launches
         place = number % NOTED
         note = self._notes[place]
@@ -229,8 +231,6 @@ class PooledLookup:
             )
             groups = -(-(end - begin) // run) * slices
             blocks = -(-groups // (THREADS // lanes))
-            if blocks >= 1 << 31 or groups >= 1 << 32:
-                raise BagsError(f"{end - begin} samples are too many for one launch", self.tables[0].table)
             for part, tables in enumerate(self._arguments):
                 before = part * TABLES
                 what = _Bags(

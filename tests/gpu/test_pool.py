@@ -279,6 +279,8 @@ def test_tables_that_cannot_be(on: OnDevice) -> None:
         with pytest.raises(SettingsError, match=text):
             PooledLookup(on.device, [table], 4)
     lookup = PooledLookup(on.device, [GpuTable(0, 1, on.put(torch.ones(1, 4)))], 4)
+    with pytest.raises(BagsError, match="2147483648 samples of dim 4 are too many"):
+        lookup.launch(GpuBags(1 << 31, 16, 0, 16, 1 << 31), [16], [0, 1 << 31])
     bags = GpuBags(5, 0, 0, 0, 5)
     for starts in ([0, 4], [1, 5], [0, 5, 5], [0]):
         with pytest.raises(ValueError, match="starts of 1 destinations"):
