@@ -9,7 +9,8 @@
 // Bits are those of native/pool.h: elements of a row never meet each other, the additions of one are in index order from
 // +0, and nothing is fused that does not say so (compiled with --fmad=false). NaN may have other bits.
 //
-// Compiled for one POOL_FORMAT, POOL_WEIGHTED (false, true) and POOL_ELEMENTS (4, 1).
+// Compiled for one POOL_FORMAT, POOL_WEIGHTED (false, true) and POOL_ELEMENTS (4, 1). POOL_AHEAD (4, 8) and POOL_BLOCKS
+// may be given, too, to try what they cost.
 
 namespace {
 
@@ -55,6 +56,9 @@ struct Destinations {
   int count;
 };
 
+#ifndef POOL_AHEAD  // rows of a group on their way: what registers allow
+#define POOL_AHEAD (format == kInt4 || (format == kFp32 && weighted) ? 4 : 8)
+#endif
 constexpr int kMost = 0x7fffffff;  // rows of a group's bags
 constexpr unsigned kAll = 0xffffffffu;
 
@@ -233,7 +237,7 @@ __device__ inline void pool_bags(const Bags& bags, const Tables& tables, const D
   using Part = typename Raw<format, elements>::type;
   constexpr bool scaled = weighted || format == kInt8 || format == kInt4;
   constexpr bool shifted = format == kInt8 || format == kInt4;
-  constexpr int kAhead = format == kInt4 || (format == kFp32 && weighted) ? 4 : 8;  // rows of a group on their way: what registers allow
+  constexpr int kAhead = POOL_AHEAD;
   const int lanes = bags.lanes, lane = threadIdx.x & (lanes - 1);
   const unsigned unit = blockIdx.x * (blockDim.x / lanes) + threadIdx.x / lanes;
   const unsigned slice = unit % bags.slices, chunk = unit / bags.slices;
@@ -341,12 +345,14 @@ __device__ inline void pool_bags(const Bags& bags, const Tables& tables, const D
 
 }  // namespace
 
-// Blocks per multiprocessor: the most for which no register is spilled.
+#ifndef POOL_BLOCKS  // per multiprocessor: the most for which no register is spilled
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-constexpr int kBlocks = POOL_FORMAT == kFp32 ? 5 : 4;
+#define POOL_BLOCKS (POOL_FORMAT == kFp32 ? 5 : 4)
 #else
-constexpr int kBlocks = 6;
+#define POOL_BLOCKS 6
 #endif
+#endif
+constexpr int kBlocks = POOL_BLOCKS;
 
 extern "C" __global__ void __launch_bounds__(128, kBlocks) pool(const Bags bags, const Tables tables,
                                                                 const Destinations destinations) {

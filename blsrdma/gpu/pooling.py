@@ -8,7 +8,8 @@ are those of the CPU's kernels either way (see native/pool.h; NaN may have other
 Expected of an H100, and not measured yet: with rows of 512 bytes a warp has eight of them on their way, and 24 warps
 fit on a multiprocessor, which makes up to 96 KiB in flight where some 20 to 40 are needed to keep memory busy. So
 lookups of dim 128 should be bound by memory: 0.8 and more of what a device-to-device copy reaches, in bytes of
-`bytes_moved`.
+`bytes_moved`. Where they are not, the first things to try are POOL_AHEAD and POOL_BLOCKS (see pool.cu), the bags that
+a group takes (WARPS_WANTED), and loads of rows that leave the first-level cache alone.
 """
 
 from __future__ import annotations
