@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from blsrdma.gpu import compiler
-from blsrdma.ucx import native
+import os
+
 from dlrm.gpu import worker
-from tests.gpu import simulated
 from tests.gpu.accelerator import SimulatedAccelerator
-from tests.gpu.conftest import compiled_by_gcc
+from tests.gpu.rank import start
 
 
 def simulate() -> None:
-    native.cuda.load(str(simulated.driver()))
-    compiler.build = compiled_by_gcc
+    start()
+
+
+def simulate_torch() -> None:
+    """Torch, too, which computes in the device's place (see tests.gpu.accelerator)."""
+    os.environ["SIMULATED_CUDA_PROTECT"] = "0"
     worker.open_accelerator = lambda local_rank, tf32: SimulatedAccelerator()
+    start()

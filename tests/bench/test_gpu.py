@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -182,7 +183,8 @@ def test_exchanges() -> None:
 
 
 def test_dlrm() -> None:
-    found = dlrm.measure(TOY, quiet, lambda _: None)
+    effort = replace(TOY, prepare="tests.bench.gpu_device:simulate_torch")
+    found = dlrm.measure(effort, quiet, lambda _: None)
     assert set(found["runs"]) == {entry.name for entry in dlrm.entries(TOY)}
     assert all(len(runs) == 2 for runs in found["runs"].values())
     assert min(run["ms"] for runs in found["runs"].values() for run in runs) > 0
