@@ -36,14 +36,7 @@ if TYPE_CHECKING:
 
 # Variables with our prefix that are not settings of the exchange: read by dlrm, by the tests and by ci/setup.
 OTHER_VARIABLES = frozenset(
-    {
-        "BLSRDMA_DEBUG",
-        "BLSRDMA_TEST_DATA",
-        "BLSRDMA_TEST_SECONDS",
-        "BLSRDMA_TEST_CUDA",
-        "BLSRDMA_EXTRAS",
-        "BLSRDMA_SOFTROCE",
-    }
+    {"BLSRDMA_DEBUG", "BLSRDMA_TEST_DATA", "BLSRDMA_TEST_SECONDS", "BLSRDMA_EXTRAS", "BLSRDMA_SOFTROCE"}
 )
 
 

@@ -41,7 +41,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     missing = {
         "gpu": not torch.cuda.is_available() and "no CUDA device",
         "rdma": not (infiniband.is_dir() and any(infiniband.iterdir())) and "no RDMA device",
-        "simulated": os.environ.get("BLSRDMA_TEST_CUDA") == "real" and "not on a real GPU",
     }
     for item in items:
         for marker, reason in missing.items():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -12,23 +11,12 @@ from blsrdma.gpu.device import open_device
 from blsrdma.ucx import native
 from tests.gpu import simulated
 from tests.gpu.memory import OnDevice
-from tests.gpu.rank import REAL, compiled_by_gcc
+from tests.gpu.rank import compiled_by_gcc
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from blsrdma._native import cuda
-
-
-@pytest.hookimpl(tryfirst=True)  # before -m chooses
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With BLSRDMA_TEST_CUDA=real all tests of this folder need a GPU, but for those of the simulated driver."""
-    for item in items if REAL else ():
-        ours = Path(__file__).parent in item.path.parents and not item.get_closest_marker("simulated")
-        if ours and getattr(item, "callspec", None) and item.callspec.params.get("device") == "simulated":
-            continue
-        if ours:
-            item.add_marker(pytest.mark.gpu)
 
 
 @pytest.fixture(params=["simulated", pytest.param("real", marks=pytest.mark.gpu)])

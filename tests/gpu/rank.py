@@ -1,11 +1,7 @@
-"""What a rank of tests/gpu does first.
-
-With BLSRDMA_TEST_CUDA=real (ci/gpu) the same tests run on a real GPU, but for those marked `simulated`.
-"""
+"""What a rank of tests/gpu does first."""
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING
 
 from blsrdma.gpu import compiler
@@ -18,13 +14,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-REAL = os.environ.get("BLSRDMA_TEST_CUDA") == "real"
-
-
 def start() -> None:
     """Load the simulated driver in place of CUDA's, before anything else asks for one; kernels are compiled for it."""
-    if REAL:
-        return
     native.cuda.load(str(simulated.driver()))
     compiler.build = compiled_by_gcc
 

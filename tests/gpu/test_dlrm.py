@@ -50,11 +50,9 @@ def simulate() -> None:
 def on_gpu(line: str, rank: int, ranks: int) -> GpuWorker:
     from dlrm.gpu.worker import GpuWorker
     from tests.gpu.accelerator import SimulatedAccelerator
-    from tests.gpu.rank import REAL
 
     simulate()
-    accelerator = None if REAL else SimulatedAccelerator()
-    return GpuWorker(parse([*line.split(), "--device", "cuda"]), rank, ranks, accelerator)
+    return GpuWorker(parse([*line.split(), "--device", "cuda"]), rank, ranks, SimulatedAccelerator())
 
 
 def serve(rank: int, ranks: int, store: Store, line: str, runs: list[dict[str, Any]]) -> list[dict[str, Any]] | None:
@@ -207,7 +205,6 @@ def break_down(rank: int, ranks: int, store: Store, how: str) -> None:
         ("index", 2, "BagsError", "is not a row of a table of 20 rows"),  # that a check on the host did not find
     ],
 )
-@pytest.mark.simulated
 def test_nobody_hangs_where_a_gpu_fails(how: str, ranks: int, error: str, says: str) -> None:
     *others, last = run_ranks(break_down, ranks, how, check=False, timeout=30, env={"BLSRDMA_CLOSE_TIMEOUT": "0.3"})
     assert last.error is not None

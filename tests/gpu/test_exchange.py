@@ -170,14 +170,12 @@ def test_a_slow_consumer(path, placed):
     run_ranks(_exact, 2, 1, [path], 30, placed, 1, 12, env={"SIMULATED_CUDA_DELAY_US": "400"})
 
 
-@pytest.mark.simulated
 def test_devices_that_cannot_reach_one_another():
     env = {"SIMULATED_CUDA_DEVICES": "2", "SIMULATED_CUDA_PEERS": "0"}
     for result in run_ranks(_exact, 2, 1, ["auto"], 10, False, 2, env=env):
         assert "staged" in result.value[0]
 
 
-@pytest.mark.simulated
 def test_devices_that_can():
     for result in run_ranks(_exact, 2, 1, ["auto"], 10, False, 2, env={"SIMULATED_CUDA_DEVICES": "2"}):
         assert "ipc" in result.value[0]
@@ -297,7 +295,6 @@ def _start(rank, world, store, settings):
     return kind, text
 
 
-@pytest.mark.simulated
 def test_bad_starts():
     def starts(*settings, env=None):
         return [result.value for result in run_ranks(_start, 2, settings, env=env)]
@@ -368,7 +365,6 @@ def _held(rank, world, store):
         os._exit(0)  # what the held device still has is kept
 
 
-@pytest.mark.simulated
 def test_a_device_that_hangs():
     run_ranks(_held, 3, expect_exit={1: 0})
 
@@ -394,7 +390,6 @@ def _fails(rank, world, store):
         exchange.close()
 
 
-@pytest.mark.simulated
 def test_a_device_that_fails():
     run_ranks(_fails, 3)
 
@@ -445,6 +440,5 @@ def _without(rank, world, store):
     assert open_device(0).capability >= (8, 0)
 
 
-@pytest.mark.simulated
 def test_without_a_driver():
     run_ranks(_without, 1)

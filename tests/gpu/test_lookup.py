@@ -105,7 +105,6 @@ def _start(rank, world, store, tables, settings):
     return None, ""
 
 
-@pytest.mark.simulated
 def test_bad_starts():
     def starts(*tables, env=None, **settings):
         settings = {"timeout": 20.0} | settings

@@ -21,7 +21,6 @@ from tests.gpu import calls as cu
 from tests.gpu import simulated
 
 ROOT = Path(__file__).parents[2]
-pytestmark = pytest.mark.simulated
 NOT_READY = 600
 SIZE = 1 << 20
 
