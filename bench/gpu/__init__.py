@@ -4,5 +4,6 @@ command     the command: parts one after the other, each in processes of its own
 lookup      pooled lookups (in a rank: lookup_rank), next to torch's and FBGEMM's
 exchange    ranks on one GPU (in the ranks: exchange_rank), next to gloo, MPI and NCCL; mps: NVIDIA's server for such
 dlrm        the whole model, by `python -m dlrm --device cuda`
+tune        by itself, `python -m bench.gpu.tune`: other ways to compile and cut the kernels
 device      in a rank: the GPU, its clock, what a copy reaches
 """

@@ -3,14 +3,14 @@
 // A bag is pooled by a group of lanes, each of which has `elements` neighbouring columns: whole warps for rows of 128 and
 // more (a slice of 128 columns each), parts of a warp for shorter ones. A group takes `run` neighbouring bags of one table,
 // whose rows are one stretch of the indices, and reads that stretch: while kAhead rows are on their way, it does not
-// matter where bags end. Each lane finds one row of the next `lanes` (index, whether it is hot, address, scale) ahead of
-// time, and tells the others by shuffles.
+// matter where bags end. Each lane finds one of the next `lanes` rows (its index, which was fetched before, whether it is
+// hot, its address and scale), and tells the others by shuffles.
 //
 // Bits are those of native/pool.h: elements of a row never meet each other, the additions of one are in index order from
 // +0, and nothing is fused that does not say so (compiled with --fmad=false). NaN may have other bits.
 //
-// Compiled for one POOL_FORMAT, POOL_WEIGHTED (false, true) and POOL_ELEMENTS (4, 1). POOL_AHEAD (4, 8) and POOL_BLOCKS
-// may be given, too, to try what they cost.
+// Compiled for one POOL_FORMAT, POOL_WEIGHTED (false, true) and POOL_ELEMENTS (4, 1). POOL_AHEAD, POOL_BLOCKS and POOL_LOAD
+// may be given, too: `python -m bench.gpu.tune` tries what they cost.
 
 namespace {
 
@@ -58,6 +58,9 @@ struct Destinations {
 
 #ifndef POOL_AHEAD  // rows of a group on their way: what registers allow
 #define POOL_AHEAD (format == kInt4 || (format == kFp32 && weighted) ? 4 : 8)
+#endif
+#ifndef POOL_LOAD  // of rows: __ldcg would leave the first-level cache alone
+#define POOL_LOAD __ldg
 #endif
 constexpr int kMost = 0x7fffffff;  // rows of a group's bags
 constexpr unsigned kAll = 0xffffffffu;
@@ -320,7 +323,7 @@ __device__ inline void pool_bags(const Bags& bags, const Tables& tables, const D
 #pragma unroll
       for (int u = 0; u < kAhead; ++u) {
         const Unsigned from = __shfl_sync(kAll, reinterpret_cast<Unsigned>(row), k + u, lanes);
-        parts[u] = __ldg(reinterpret_cast<const Part*>(from + place));
+        parts[u] = POOL_LOAD(reinterpret_cast<const Part*>(from + place));
         if constexpr (scaled) scales[u].factor = __shfl_sync(kAll, scale.factor, k + u, lanes);
         if constexpr (shifted) scales[u].bias = __shfl_sync(kAll, scale.bias, k + u, lanes);
       }

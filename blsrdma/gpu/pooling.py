@@ -8,8 +8,7 @@ are those of the CPU's kernels either way (see native/pool.h; NaN may have other
 Expected of an H100, and not measured yet: with rows of 512 bytes a warp has eight of them on their way, and 24 warps
 fit on a multiprocessor, which makes up to 96 KiB in flight where some 20 to 40 are needed to keep memory busy. So
 lookups of dim 128 should be bound by memory: 0.8 and more of what a device-to-device copy reaches, in bytes of
-`bytes_moved`. Where they are not, the first things to try are POOL_AHEAD and POOL_BLOCKS (see pool.cu), the bags that
-a group takes (WARPS_WANTED), and loads of rows that leave the first-level cache alone.
+`bytes_moved`. Where they are not, `python -m bench.gpu.tune` tries other ways to compile and cut the same kernel.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from blsrdma.gpu import compiler
 from blsrdma.lookup_tables import FORMATS, RowFormat, row_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from blsrdma._native import cuda
 
@@ -150,6 +149,7 @@ class PooledLookup:
         dim: elements of a row. Fastest: multiples of 4, with all addresses aligned to LOADS and messages to 16 bytes.
         format: of the rows, as of a Lookup.
         message_tables: vectors per sample in a message, where others write to it, too. None: as many as tables.
+        macros, run: to try what others cost: macros for pool.cu, and the bags that a group of lanes takes.
 
     One thread at a time calls it. Raises SettingsError for tables that cannot be; CompileError when a kernel is first
     used and cannot be compiled.
@@ -162,6 +162,8 @@ class PooledLookup:
         dim: int,
         format: RowFormat = "fp32",  # noqa: A002 - the word for it everywhere
         message_tables: int | None = None,
+        macros: Mapping[str, str | int] | None = None,
+        run: int | None = None,
     ) -> None:
         self.tables, self.dim, self.format = tuple(tables), dim, format
         self.message_tables = len(tables) if message_tables is None else message_tables
@@ -169,7 +171,7 @@ class PooledLookup:
             raise SettingsError(f"a lookup of {len(tables)} tables of dim {dim}: at least one of each")
         for place, table in enumerate(tables):
             _check(table, place, self.message_tables)
-        self._device = device
+        self._device, self._macros, self._run = device, dict(macros or {}), run
         self._aligned = dim % 4 == 0 and all(
             address % LOADS[format] == 0 for table in tables for address in (table.hot, table.cold)
         )
@@ -219,7 +221,9 @@ class PooledLookup:
         aligned = self._aligned and all(address % 16 == 0 for address in destinations)
         function = self._function(bool(bags.weights), 4 if aligned else 1)
         lanes, slices = shape(self.dim, 4 if aligned else 1)
-        run = bags_per_group(bags.average / len(self.tables), bags.samples * len(self.tables), lanes, slices)
+        run = self._run or bags_per_group(
+            bags.average / len(self.tables), bags.samples * len(self.tables), lanes, slices
+        )
         for first in range(0, len(destinations), DESTINATIONS):
             some = min(DESTINATIONS, len(destinations) - first)
             begin, end = starts[first], starts[first + some]
@@ -302,7 +306,8 @@ class PooledLookup:
     def _function(self, weighted: bool, elements: int) -> cuda.Function:
         key = (weighted, elements)
         if key not in self._functions:
-            image = compiler.compiled(SOURCE, defines(self.format, weighted, elements), self._device.capability).image
+            macros = defines(self.format, weighted, elements) | self._macros
+            image = compiler.compiled(SOURCE, macros, self._device.capability).image
             self._functions[key] = self._device.module(image).function("pool")
         return self._functions[key]
 

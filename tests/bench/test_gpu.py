@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
 import os
 import socket
@@ -18,7 +20,7 @@ import pytest
 
 import bench.rank
 from bench.control import ADDRESS
-from bench.gpu import command, dlrm, exchange, lookup, mps, report
+from bench.gpu import command, dlrm, exchange, lookup, mps, report, tune
 from bench.gpu.effort import Effort
 from bench.launchers import Unavailable
 from bench.team import Team
@@ -276,3 +278,19 @@ def test_without_a_gpu_the_commands_end_at_once() -> None:
 def test_an_unknown_part(capsys: pytest.CaptureFixture[str]) -> None:
     assert command.run(options(parts=["lookup", "looup"])) == 2
     assert "no part 'looup'" in capsys.readouterr().err
+
+
+def test_tuning() -> None:
+    """Every way gives the same sums, and has its line."""
+    run_ranks(be_tuned, 1)
+
+
+def be_tuned(rank: int, ranks: int, store: Any) -> None:
+    tune.WAYS = (tune.WAYS[0], *tune.WAYS[-4:], tune.Way("other macros", {"POOL_AHEAD": 2, "POOL_LOAD": "__ldcg"}))
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        assert tune.main(["--rows", "50"], TOY) == 0
+    lines = out.getvalue().splitlines()
+    assert "Simulated GPU" in lines[0]
+    assert [line.split("  ")[0] for line in lines[2:]] == [*(way.name for way in tune.WAYS), "interaction, 26 tables"]
+    assert all("of a copy" in line for line in lines[2:])
