@@ -44,6 +44,18 @@ void check(Result result, const char* what) {
   if (result != kSuccess) throw Error(what, result);
 }
 
+Entered::Entered(Context context) {
+  Context now = nullptr;
+  check(functions.context_get(&now), "cuCtxGetCurrent");
+  if (now == context) return;
+  check(functions.context_set(context), "cuCtxSetCurrent");
+  before_ = now;
+}
+
+Entered::~Entered() {
+  if (before_) functions.context_set(before_);
+}
+
 Device::Device(Ordinal ordinal) {
   load();
   check(functions.device_get(&ordinal_, ordinal), "cuDeviceGet");
@@ -77,7 +89,7 @@ std::size_t Device::total_bytes() const {
 }
 
 std::size_t Device::free_bytes() const {
-  enter();
+  const Entered entered = enter();
   std::size_t free = 0, total = 0;
   check(functions.memory_info(&free, &total), "cuMemGetInfo");
   return free;

@@ -47,6 +47,7 @@ inline constexpr Result kNotReady = 600;
   ONE(context_retain, "cuDevicePrimaryCtxRetain", (Context * context, Ordinal device))                                     \
   ONE(context_release, "cuDevicePrimaryCtxRelease_v2", (Ordinal device))                                                   \
   ONE(context_set, "cuCtxSetCurrent", (Context context))                                                                   \
+  ONE(context_get, "cuCtxGetCurrent", (Context * context))                                                                 \
   ONE(memory_info, "cuMemGetInfo_v2", (std::size_t * free, std::size_t * total))                                           \
   ONE(memory_allocate, "cuMemAlloc_v2", (Address * address, std::size_t bytes))                                            \
   ONE(memory_free, "cuMemFree_v2", (Address address))                                                                      \
@@ -117,7 +118,20 @@ inline constexpr int kMemoryType = 2;              // CU_POINTER_ATTRIBUTE_MEMOR
 inline constexpr int kDeviceOrdinal = 9;           // CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
 inline constexpr int kDynamicShared = 8;           // CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 
-// The primary context of one device, made current in the calling thread by enter().
+// Makes a context current in this thread for as long as it lives; then the one before, if there was one, is so again: torch's
+// current device is that of the current context.
+class Entered {
+ public:
+  explicit Entered(Context context);
+  ~Entered();
+  Entered(const Entered&) = delete;
+  Entered& operator=(const Entered&) = delete;
+
+ private:
+  Context before_ = nullptr;  // to go back to
+};
+
+// The primary context of one device.
 class Device {
  public:
   explicit Device(Ordinal ordinal);
@@ -126,7 +140,7 @@ class Device {
   Device& operator=(const Device&) = delete;
 
   Ordinal ordinal() const { return ordinal_; }
-  void enter() const { check(api().context_set(context_), "cuCtxSetCurrent"); }
+  [[nodiscard]] Entered enter() const { return Entered(context_); }
   std::string name() const;
   std::string uuid() const;  // 16 bytes
   int attribute(int which) const;

@@ -26,7 +26,7 @@ bool done(cuda::Event event) {
 GpuExchange::GpuExchange(std::shared_ptr<cuda::Device> device, std::uint32_t rank, std::uint32_t ranks, const Config& config)
     : device_(std::move(device)), rank_(rank), ranks_(ranks), config_(config), peers_(ranks),
       publisher_(std::make_unique<Publisher>()) {
-  device_->enter();
+  const cuda::Entered entered = device_->enter();
   const std::uint64_t bytes = config_.window_stride * config_.windows * ranks_;
   check(api().memory_allocate(&windows_, bytes), "cuMemAlloc");
   for (cuda::Stream* each : {&out_, &publishing_, &in_}) {
@@ -62,14 +62,14 @@ GpuExchange::~GpuExchange() {
 }
 
 std::string GpuExchange::ipc_handle() const {
-  device_->enter();
+  const cuda::Entered entered = device_->enter();
   cuda::IpcHandle handle{};
   check(api().ipc_handle(&handle, windows_), "cuIpcGetMemHandle");
   return {handle.bytes, sizeof handle.bytes};
 }
 
 bool GpuExchange::map(std::uint32_t peer, const std::string& ipc_handle) {
-  device_->enter();
+  const cuda::Entered entered = device_->enter();
   cuda::IpcHandle handle{};
   std::memcpy(handle.bytes, ipc_handle.data(), std::min(ipc_handle.size(), sizeof handle.bytes));
   const cuda::Result result = api().ipc_open(&peers_[peer].windows, handle, cuda::kLazyPeerAccess);
@@ -86,7 +86,7 @@ void GpuExchange::pin(void* memory, std::uint64_t bytes) {
 void GpuExchange::attach(std::shared_ptr<Exchange> core, std::shared_ptr<Arena> arena) {
   core_ = publisher_->core = std::move(core);
   arena_ = std::move(arena);
-  device_->enter();
+  const cuda::Entered entered = device_->enter();
   bool any_staged = false, any_put = false;
   for (std::uint32_t q = 0; q < ranks_; ++q) {
     if (q == rank_ || mapped(q)) continue;
@@ -138,14 +138,14 @@ cuda::Address GpuExchange::address(std::uint32_t peer) const {
 // Of one's own window only this device knows: it held the message of the iteration that had this slot before.
 void GpuExchange::order_for_writing(cuda::Stream stream) {
   if (announced_ <= config_.windows) return;
-  device_->enter();
+  const cuda::Entered entered = device_->enter();
   check(api().stream_wait(stream, slot(announced_ - 1).released, 0), "cuStreamWaitEvent");
 }
 
 void GpuExchange::send(cuda::Address from, cuda::Stream stream) {
   const std::uint64_t iteration = announced_ - 1;
   Slot& mine = slot(iteration);
-  device_->enter();
+  const cuda::Entered entered = device_->enter();
   check(api().event_record(produced_, stream), "cuEventRecord");
   check(api().stream_wait(out_, produced_, 0), "cuStreamWaitEvent");
   mine.from = from;
@@ -182,7 +182,7 @@ Outcome GpuExchange::wait(std::uint64_t iteration, cuda::Stream stream, std::uin
   const Outcome outcome = core_->wait(iteration, deadline_ns);
   if (outcome != Outcome::ok) return outcome;
   Slot& mine = slot(iteration);
-  device_->enter();
+  const cuda::Entered entered = device_->enter();
   if (iteration < handed_) check(api().stream_wait(stream, mine.sent, 0), "cuStreamWaitEvent");  // one's own message
   if (!staged_out_) return outcome;
   if (mine.landed != iteration) {
@@ -210,7 +210,7 @@ cuda::Address GpuExchange::message(std::uint64_t iteration, std::uint32_t source
 void GpuExchange::release(std::uint64_t iteration, cuda::Stream stream) {
   Slot& mine = slot(iteration);
   if (mine.iteration != iteration || mine.released_of == iteration) return;
-  device_->enter();
+  const cuda::Entered entered = device_->enter();
   check(api().event_record(mine.released, stream), "cuEventRecord");
   mine.released_of = iteration;
   core_->release(iteration);
@@ -220,7 +220,7 @@ bool GpuExchange::sent(std::uint64_t iteration) {
   Slot& mine = slot(iteration);
   if (mine.iteration != iteration) return true;
   if (iteration >= handed_) return false;
-  device_->enter();
+  const cuda::Entered entered = device_->enter();
   if (!done(mine.sent)) return false;
   if (!mine.from || !mine.parcels[rank_].bytes) return true;
   return mine.released_of == iteration && done(mine.released);  // its own message is a view
@@ -229,7 +229,7 @@ bool GpuExchange::sent(std::uint64_t iteration) {
 void GpuExchange::order_after_sent(std::uint64_t iteration, cuda::Stream stream) {
   const Slot& mine = slot(iteration);
   if (mine.iteration != iteration || iteration >= handed_) return;
-  device_->enter();
+  const cuda::Entered entered = device_->enter();
   check(api().stream_wait(stream, mine.sent, 0), "cuStreamWaitEvent");
   if (mine.released_of == iteration) check(api().stream_wait(stream, mine.released, 0), "cuStreamWaitEvent");
 }
@@ -247,7 +247,7 @@ bool GpuExchange::idle() {
 bool GpuExchange::quiesce(std::uint64_t deadline_ns) {
   bool at_rest = false;
   try {
-    device_->enter();
+    const cuda::Entered entered = device_->enter();
     while (!(at_rest = idle()) && now_ns() < deadline_ns) {
       const timespec nap{0, 50'000};
       nanosleep(&nap, nullptr);
@@ -271,7 +271,7 @@ bool GpuExchange::quiesce(std::uint64_t deadline_ns) {
 
 void GpuExchange::close(bool quiet) {
   if (!quiet || !quiescent_ || !windows_) return;
-  device_->enter();
+  const cuda::Entered entered = device_->enter();
   for (const auto& each : slots_) {
     for (const cuda::Event event : {each->sent, each->arrived, each->released}) api().event_destroy(event);
   }

@@ -34,13 +34,13 @@ struct Owned {
 
 struct Memory : Owned<cuda::Address> {
   Memory(std::shared_ptr<cuda::Device> owner, std::uint64_t bytes) : Owned(std::move(owner), 0), bytes(bytes) {
-    device->enter();
+    const cuda::Entered entered = device->enter();
     if (bytes) check(api().memory_allocate(&handle, bytes), "cuMemAlloc");
   }
   ~Memory() { close(); }
   void close() {
     if (!handle) return;
-    device->enter();
+    const cuda::Entered entered = device->enter();
     api().memory_free(std::exchange(handle, 0));
   }
   std::uint64_t bytes;
@@ -49,7 +49,7 @@ struct Memory : Owned<cuda::Address> {
 // Page-locked memory of the host, which kernels can read and write, too.
 struct HostMemory : Owned<void*> {
   HostMemory(std::shared_ptr<cuda::Device> owner, std::uint64_t bytes) : Owned(std::move(owner), nullptr), bytes(bytes) {
-    device->enter();
+    const cuda::Entered entered = device->enter();
     if (!bytes) return;
     check(api().host_allocate(&handle, bytes), "cuMemAllocHost");
     check(api().host_address(&address, handle, 0), "cuMemHostGetDevicePointer");
@@ -57,7 +57,7 @@ struct HostMemory : Owned<void*> {
   ~HostMemory() { close(); }
   void close() {
     if (!handle) return;
-    device->enter();
+    const cuda::Entered entered = device->enter();
     api().host_free(std::exchange(handle, nullptr));
   }
   std::uint64_t bytes;
@@ -70,52 +70,52 @@ struct Mapping : Owned<cuda::Address> {
     cuda::IpcHandle given{};
     if (ipc_handle.size() != sizeof given) throw std::invalid_argument("an IPC handle has 64 bytes");
     std::memcpy(given.bytes, ipc_handle.c_str(), sizeof given);
-    device->enter();
+    const cuda::Entered entered = device->enter();
     check(api().ipc_open(&handle, given, cuda::kLazyPeerAccess), "cuIpcOpenMemHandle");
   }
   ~Mapping() { close(); }
   void close() {
     if (!handle) return;
-    device->enter();
+    const cuda::Entered entered = device->enter();
     api().ipc_close(std::exchange(handle, 0));
   }
 };
 
 struct Stream : Owned<cuda::Stream> {
   explicit Stream(std::shared_ptr<cuda::Device> owner) : Owned(std::move(owner), nullptr) {
-    device->enter();
+    const cuda::Entered entered = device->enter();
     check(api().stream_create(&handle, cuda::kNonBlocking, 0), "cuStreamCreateWithPriority");
   }
   ~Stream() { close(); }
   void close() {
     if (!handle) return;
-    device->enter();
+    const cuda::Entered entered = device->enter();
     api().stream_destroy(std::exchange(handle, nullptr));
   }
 };
 
 struct Event : Owned<cuda::Event> {
   Event(std::shared_ptr<cuda::Device> owner, bool timing) : Owned(std::move(owner), nullptr) {
-    device->enter();
+    const cuda::Entered entered = device->enter();
     check(api().event_create(&handle, timing ? 0 : cuda::kNoTiming), "cuEventCreate");
   }
   ~Event() { close(); }
   void close() {
     if (!handle) return;
-    device->enter();
+    const cuda::Entered entered = device->enter();
     api().event_destroy(std::exchange(handle, nullptr));
   }
 };
 
 struct Module : Owned<cuda::Module> {
   Module(std::shared_ptr<cuda::Device> owner, const nb::bytes& image) : Owned(std::move(owner), nullptr) {
-    device->enter();
+    const cuda::Entered entered = device->enter();
     check(api().module_load(&handle, image.c_str()), "cuModuleLoadData");
   }
   ~Module() { close(); }
   void close() {
     if (!handle) return;
-    device->enter();
+    const cuda::Entered entered = device->enter();
     api().module_unload(std::exchange(handle, nullptr));
   }
 };
@@ -131,7 +131,7 @@ cuda::Stream stream_of(std::uintptr_t stream) { return reinterpret_cast<cuda::St
 template <typename Query>
 bool wait_for(const cuda::Device& device, std::int64_t timeout_ns, Query&& query) {
   const nb::gil_scoped_release release;
-  device.enter();
+  const cuda::Entered entered = device.enter();
   const std::uint64_t until = deadline(timeout_ns);
   for (std::uint32_t round = 0;; ++round) {
     const cuda::Result result = query();
@@ -165,7 +165,7 @@ void launch(const Function& function, const Grid& grid, const Grid& block, unsig
     pointers[count++] = room + used;
     used = (used + bytes + 15) & ~std::size_t{15};
   }
-  function.module->device->enter();
+  const cuda::Entered entered = function.module->device->enter();
   check(api().launch(function.handle, grid[0], grid[1], grid[2], block[0], block[1], block[2], shared_bytes,
                      stream_of(stream), pointers, nullptr), "cuLaunchKernel");
 }
@@ -207,22 +207,22 @@ void bind_device(nb::module_& m) {
       .def("module", [](std::shared_ptr<Device> self, const nb::bytes& image) { return std::make_shared<Module>(std::move(self), image); },
            "image"_a, "A cubin, or PTX with a terminating zero.")
       .def("copy", [](const Device& self, std::uintptr_t to, std::uintptr_t from, std::uint64_t bytes, std::uintptr_t stream) {
-             self.enter();
+             const cuda::Entered entered = self.enter();
              if (bytes) check(api().copy(to, from, bytes, stream_of(stream)), "cuMemcpyAsync");
            },
            "to"_a, "from_"_a, "size"_a, "stream"_a = 0, Released(), "Between any two addresses, behind what is on the stream.")
       .def("fill", [](const Device& self, std::uintptr_t to, std::uint8_t value, std::uint64_t bytes, std::uintptr_t stream) {
-             self.enter();
+             const cuda::Entered entered = self.enter();
              if (bytes) check(api().fill(to, value, bytes, stream_of(stream)), "cuMemsetD8Async");
            },
            "to"_a, "value"_a, "size"_a, "stream"_a = 0, Released())
       .def("record", [](const Device& self, const Event& event, std::uintptr_t stream) {
-             self.enter();
+             const cuda::Entered entered = self.enter();
              check(api().event_record(event.handle, stream_of(stream)), "cuEventRecord");
            },
            "event"_a, "stream"_a = 0)
       .def("order", [](const Device& self, std::uintptr_t stream, const Event& event) {
-             self.enter();
+             const cuda::Entered entered = self.enter();
              check(api().stream_wait(stream_of(stream), event.handle, 0), "cuStreamWaitEvent");
            },
            "stream"_a, "event"_a, "What is put on the stream from now on waits for the event.")
@@ -239,7 +239,7 @@ void bind_device(nb::module_& m) {
       .def_ro("size", &Memory::bytes)
       .def("ipc_handle", [](const Memory& self) {
         cuda::IpcHandle handle{};
-        self.device->enter();
+        const cuda::Entered entered = self.device->enter();
         check(api().ipc_handle(&handle, self.handle), "cuIpcGetMemHandle");
         return nb::bytes(handle.bytes, sizeof handle.bytes);
       });
@@ -259,7 +259,7 @@ void bind_device(nb::module_& m) {
       .def("close", &Module::close)
       .def("function", [](std::shared_ptr<Module> self, const std::string& name) {
              Function function{std::move(self)};
-             function.module->device->enter();
+             const cuda::Entered entered = function.module->device->enter();
              check(api().module_function(&function.handle, function.module->handle, name.c_str()), "cuModuleGetFunction");
              return function;
            },
@@ -268,13 +268,13 @@ void bind_device(nb::module_& m) {
       .def("launch", &launch, "grid"_a, "block"_a, "shared_bytes"_a, "stream"_a, "arguments"_a,
            "Put it on a stream. Each argument shows its bytes (a numpy scalar, a ctypes object), in the size the kernel takes.")
       .def("allow_shared", [](const Function& self, int bytes) {
-             self.module->device->enter();
+             const cuda::Entered entered = self.module->device->enter();
              check(api().function_set(self.handle, cuda::kDynamicShared, bytes), "cuFuncSetAttribute");
            },
            "size"_a, "Launches may ask for so much dynamic shared memory.")
       .def("attribute", [](const Function& self, int which) {
              int value = 0;
-             self.module->device->enter();
+             const cuda::Entered entered = self.module->device->enter();
              check(api().function_get(&value, which, self.handle), "cuFuncGetAttribute");
              return value;
            },

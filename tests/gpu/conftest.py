@@ -11,7 +11,7 @@ from blsrdma.gpu.device import open_device
 from blsrdma.ucx import native
 from tests.gpu import simulated
 from tests.gpu.memory import OnDevice
-from tests.gpu.rank import compiled_by_gcc
+from tests.gpu.rank import REAL, compiled_by_gcc
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -34,6 +34,12 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
     before = simulated.complaints()
     yield found
     assert simulated.complaints() == before
+
+
+@pytest.fixture(params=["simulated", pytest.param("real", marks=pytest.mark.gpu)])
+def where(request: pytest.FixtureRequest) -> dict[str, str]:
+    """The environment of ranks whose devices are simulated, or real."""
+    return dict(REAL) if request.param == "real" else {}
 
 
 @pytest.fixture

@@ -80,8 +80,8 @@ def _exact(rank, world, store, lag):
 
 
 @pytest.mark.parametrize("lag", [0, 2])
-def test_exact(lag):
-    run_ranks(_exact, 3, lag, env={"SIMULATED_CUDA_DELAY_US": "100"})
+def test_exact(where, lag):
+    run_ranks(_exact, 3, lag, env={"SIMULATED_CUDA_DELAY_US": "100", **where})
 
 
 def _errors(rank, world, store):
@@ -105,8 +105,8 @@ def _errors(rank, world, store):
     lane.close()
 
 
-def test_errors():
-    run_ranks(_errors, 2)
+def test_errors(where):
+    run_ranks(_errors, 2, env=where)
 
 
 def _cuda_tensors(rank, world, store):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
 import signal
 import time
@@ -133,21 +134,29 @@ def _exact(rank, world, store, lag, paths, iterations, placed, device, idles=0):
         return [peer["path"] for peer in exchange.stats()["peers"]], exchange.stats()["max_lead"]
 
 
-@pytest.mark.parametrize("placed", [False, True], ids=["posted", "placed"])
-@pytest.mark.parametrize("lag", [0, 1, 3])
-@pytest.mark.parametrize(
-    ("ranks", "paths", "env"),
-    [
-        (2, ["ipc"], {}),
-        (3, ["auto"], {}),
-        (2, ["staged"], {}),
-        (3, ["staged", "auto", "auto"], {}),  # rank 0 neither writes others' memory nor lets its own be written
-        (3, ["staged"], {"BLSRDMA_DIRECT": "0"}),  # by UCX's puts, out of page-locked buffers
-    ],
-    ids=["ipc", "auto", "staged", "mixed", "puts"],
-)
-def test_exact(ranks, paths, env, lag, placed):
-    env = {"SIMULATED_CUDA_DELAY_US": "150", "SIMULATED_CUDA_SEED": str(lag), **env}
+PATHS = {
+    "ipc": (2, ["ipc"], {}),
+    "auto": (3, ["auto"], {}),
+    "staged": (2, ["staged"], {}),
+    "mixed": (3, ["staged", "auto", "auto"], {}),  # rank 0 neither writes others' memory nor lets its own be written
+    "puts": (3, ["staged"], {"BLSRDMA_DIRECT": "0"}),  # by UCX's puts, out of page-locked buffers
+}
+USUAL = {
+    "ipc-0-posted", "ipc-0-placed", "ipc-3-posted", "ipc-3-placed", "auto-1-placed", "staged-0-placed",
+    "staged-3-posted", "mixed-1-posted", "mixed-1-placed", "puts-0-posted", "puts-3-placed",
+}  # fmt: skip
+
+
+def _cases():
+    for kind, lag, placed in itertools.product(PATHS, (0, 1, 3), (False, True)):
+        name = f"{kind}-{lag}-{'placed' if placed else 'posted'}"
+        yield pytest.param(kind, lag, placed, id=name, marks=() if name in USUAL else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("kind", "lag", "placed"), _cases())
+def test_exact(where, kind, lag, placed):
+    ranks, paths, env = PATHS[kind]
+    env = {"SIMULATED_CUDA_DELAY_US": "150", "SIMULATED_CUDA_SEED": str(lag), **env, **where}
     results = run_ranks(_exact, ranks, lag, paths, 40, placed, 1, env=env)
     for result in results:
         ways, lead = result.value
@@ -165,9 +174,9 @@ def test_exact(ranks, paths, env, lag, placed):
 
 @pytest.mark.parametrize("path", ["ipc", "staged"])
 @pytest.mark.parametrize("placed", [False, True], ids=["posted", "placed"])
-def test_a_slow_consumer(path, placed):
+def test_a_slow_consumer(where, path, placed):
     """Rank 0's device falls behind its host by more than there are windows: its peer's must wait, not write them."""
-    run_ranks(_exact, 2, 1, [path], 30, placed, 1, 12, env={"SIMULATED_CUDA_DELAY_US": "400"})
+    run_ranks(_exact, 2, 1, [path], 30, placed, 1, 12, env={"SIMULATED_CUDA_DELAY_US": "400", **where})
 
 
 def test_devices_that_cannot_reach_one_another():
@@ -181,8 +190,8 @@ def test_devices_that_can():
         assert "ipc" in result.value[0]
 
 
-def test_alone():
-    (result,) = run_ranks(_exact, 1, 2, ["auto"], 10, False, 1)
+def test_alone(where):
+    (result,) = run_ranks(_exact, 1, 2, ["auto"], 10, False, 1, env=where)
     assert result.value == (["self"], 0)
 
 
@@ -232,12 +241,12 @@ def _reused(rank, world, store):
         assert device.synchronize(writing.address, 10**10)
 
 
-def test_what_was_sent_may_be_overwritten_by_the_device():
-    run_ranks(_reused, 2, env={"SIMULATED_CUDA_DELAY_US": "300"})
+def test_what_was_sent_may_be_overwritten_by_the_device(where):
+    run_ranks(_reused, 2, env={"SIMULATED_CUDA_DELAY_US": "300", **where})
 
 
-def test_sent():
-    run_ranks(_sent, 2)
+def test_sent(where):
+    run_ranks(_sent, 2, env=where)
 
 
 def _refusals(rank, world, store):
@@ -281,8 +290,8 @@ def _refusals(rank, world, store):
         exchange.post(send, [20, 20])
 
 
-def test_refusals():
-    run_ranks(_refusals, 2)
+def test_refusals(where):
+    run_ranks(_refusals, 2, env=where)
 
 
 def _start(rank, world, store, settings):
@@ -330,8 +339,8 @@ def _types_differ(rank, world, store):
             handle.wait()
 
 
-def test_types_differ():
-    run_ranks(_types_differ, 2)
+def test_types_differ(where):
+    run_ranks(_types_differ, 2, env=where)
 
 
 def _first_round(exchange, send, store):
@@ -408,8 +417,8 @@ def _killed(rank, world, store):
     exchange.close()
 
 
-def test_a_rank_that_is_killed():
-    run_ranks(_killed, 3, expect_exit={1: -signal.SIGKILL})
+def test_a_rank_that_is_killed(where):
+    run_ranks(_killed, 3, expect_exit={1: -signal.SIGKILL}, env=where)
 
 
 def _leaves(rank, world, store):
@@ -429,8 +438,8 @@ def _leaves(rank, world, store):
     exchange.close()
 
 
-def test_a_rank_that_leaves():
-    run_ranks(_leaves, 2)
+def test_a_rank_that_leaves(where):
+    run_ranks(_leaves, 2, env=where)
 
 
 def _without(rank, world, store):

@@ -67,8 +67,8 @@ def _exact(rank, world, store, format_, mean):
 
 
 @pytest.mark.parametrize(("format_", "mean"), [("fp32", False), ("fp32", True), ("fp16", False), ("int8", False)])
-def test_exact(format_, mean):
-    run_ranks(_exact, 3, format_, mean, env={"SIMULATED_CUDA_DELAY_US": "100"})
+def test_exact(where, format_, mean):
+    run_ranks(_exact, 3, format_, mean, env={"SIMULATED_CUDA_DELAY_US": "100", **where})
 
 
 def _refusals(rank, world, store):
@@ -92,8 +92,8 @@ def _refusals(rank, world, store):
         on.close()
 
 
-def test_refusals():
-    run_ranks(_refusals, 2)
+def test_refusals(where):
+    run_ranks(_refusals, 2, env=where)
 
 
 def _start(rank, world, store, tables, settings):
