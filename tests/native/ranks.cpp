@@ -241,6 +241,7 @@ Rank::Rank(Meeting& meeting, std::uint32_t self, const Settings& settings, const
   config.copy_self = settings.copy_self;
   config.allow_direct = settings.path.allow_direct;
   config.checksums = settings.checksums;
+  config.device_bytes = settings.device_bytes;
   config.keepalive_ns = settings.keepalive_ns;
   config.wait = settings.wait;
   config.interrupted = settings.interrupted;

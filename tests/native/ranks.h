@@ -93,6 +93,7 @@ struct Settings {
   bool copy_self = false;
   std::uint64_t epoch = 0x5eed'0123'4567'89abu;
   bool checksums = false;
+  std::uint64_t device_bytes = 0;
   std::uint64_t keepalive_ns = kNever;
   WaitPolicy wait = {0, 200};
   std::function<bool()> interrupted;
