@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -136,13 +136,23 @@ def recut(chunks: Iterable[Batch], batch_size: int, num_batches: int, skip: int 
         yield replace(join(held), first=first)
 
 
-def preload(batches: Iterable[Batch], limit: int = 256 << 20) -> Iterator[Batch]:
+class Sized(Protocol):
+    """A batch, or what became of one."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+
+Some = TypeVar("Some", bound=Sized)
+
+
+def preload(batches: Iterable[Some], limit: int = 256 << 20) -> Iterator[Some]:
     """Read up to `limit` bytes of batches now, the rest when it is asked for.
 
     Small inputs are thus read, and their errors raised, before any timing starts; memory stays bounded for large ones.
     """
     source = iter(batches)
-    ready: list[Batch] = []
+    ready: list[Some] = []
     held = 0
     for batch in source:
         ready.append(batch)

@@ -17,16 +17,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from blsrdma.errors import GpuError
-from dlrm import bags
-from dlrm.data.batch import Batch
 from dlrm.dense import assemble
-from dlrm.gpu.slots import STEPS, Slot, Wanted, on_host
+from dlrm.gpu.slots import STEPS, Slot
+from dlrm.gpu.staging import Staged, Stager, Uploaded, Wanted, on_host
 from dlrm.loop import Loop, Predictions
 from dlrm.tables import lengths
 from dlrm.timeline import clock
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from torch import Tensor
 
@@ -34,7 +33,6 @@ if TYPE_CHECKING:
     from blsrdma.gpu.exchange import GpuHandle
     from dlrm.gpu.accelerator import Lane
     from dlrm.gpu.dense import GpuDense
-    from dlrm.gpu.slots import Uploaded
     from dlrm.gpu.tables import GpuTables
     from dlrm.placement import Placement
 
@@ -42,8 +40,22 @@ AHEAD = 2  # finished batches whose predictions the host does not wait for yet
 
 
 def slots_needed(lag: int) -> int:
-    """Batches that are on their way at once, at most."""
-    return lag + 1 + AHEAD + 1
+    """Batches that are on their way at once, at most: posted, finished, due, and uploaded ahead of that."""
+    return lag + 1 + AHEAD + 2
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """A batch that is being uploaded."""
+
+    staged: Staged
+    slot: Slot
+    there: Uploaded
+
+    @property
+    def samples(self) -> tuple[range, ...]:
+        """Its samples, by rank."""
+        return self.staged.samples
 
 
 @dataclass(frozen=True)
@@ -51,17 +63,20 @@ class OnItsWay:
     """A batch from its post to its predictions."""
 
     handle: GpuHandle
-    slot: Slot
-    there: Uploaded
-    mine: Batch  # this rank's samples of it
-    samples: range
+    batch: Ahead
+    mine: range  # this rank's samples of it
     launches: tuple[int | None, int | None]  # of the rank's tables, and of the replicated ones
 
+    @property
+    def slot(self) -> Slot:
+        """Its memory."""
+        return self.batch.slot
 
-class GpuEngine(Loop[Batch]):
+
+class GpuEngine(Loop[Ahead]):
     """Runs batches through an exchange, tables and a dense model on one GPU. Every rank must bring the same batches.
 
-    `new_slot` makes the memory of one batch; `close` gives it back.
+    `new_slot` makes the memory of one batch; `close` gives it back. To be run by `serve`.
     """
 
     def __init__(
@@ -72,6 +87,7 @@ class GpuEngine(Loop[Batch]):
         tables: GpuTables,
         replicated: GpuTables | None,
         dense: GpuDense,
+        stager: Stager,
         wanted: Wanted,
         new_slot: Callable[[], Slot],
         lanes: tuple[Lane, Lane],
@@ -82,10 +98,8 @@ class GpuEngine(Loop[Batch]):
     ) -> None:
         super().__init__(rank, placement, exchange.lag, **settings)
         self._exchange, self._tables, self._replicated, self._dense = exchange, tables, replicated, dense
-        self._wanted, self._keep_pooled, self._timeout = wanted, keep_pooled, timeout
+        self._stager, self._wanted, self._keep_pooled, self._timeout = stager, wanted, keep_pooled, timeout
         self._upload, self._look = (lane.address for lane in lanes)
-        self._checked = {*wanted.owned, *wanted.replicated}
-        self._kept_tables = {*wanted.divided} if keep_pooled else set()
         self._free = [new_slot() for _ in range(slots_needed(exchange.lag))]
         self._slots = list(self._free)
         self._posted: deque[OnItsWay] = deque()
@@ -93,15 +107,34 @@ class GpuEngine(Loop[Batch]):
         self._device = dense.device
         self.device_ms = dict.fromkeys(STEPS, 0.0)  # what the steps took there, where slots have clocks
 
+    def serve(self, batches: Iterable[Staged]) -> Iterator[Predictions]:
+        """`run` on batches that have been staged. Where the next one is there already (not in an open loop, where it
+        has yet to arrive), its upload begins before the work on the one before it."""
+        return self.run(self._uploaded(batches) if self._arrivals else self._one_ahead(batches))
+
+    def _uploaded(self, batches: Iterable[Staged]) -> Iterator[Ahead]:
+        for staged in batches:
+            slot = self._free.pop()
+            yield Ahead(staged, slot, slot.upload(staged, self._upload))
+
+    def _one_ahead(self, batches: Iterable[Staged]) -> Iterator[Ahead]:
+        uploaded = self._uploaded(batches)
+        batch = next(uploaded, None)
+        while batch is not None:
+            following = next(uploaded, None)
+            yield batch
+            batch = following
+
     @property
     def device_bytes(self) -> int:
         """GPU memory of all slots."""
         return sum(slot.device_bytes for slot in self._slots)
 
     def close(self) -> None:
-        """Give the slots back. Nothing on the device may use them any more."""
+        """Give the slots, and what was staged, back. Nothing on the device may use them any more."""
         for slot in self._slots:
             slot.close()
+        self._stager.close()
         self._slots.clear()
 
     # --- the steps of Loop
@@ -110,35 +143,30 @@ class GpuEngine(Loop[Batch]):
         with self.timeline.phase("wait"):
             self._exchange.begin()
 
-    def _start(self, batch: Batch) -> None:
-        timeline, placement, device = self.timeline, self._placement, self._device
-        samples = placement.samples(batch.size)
-        mine = samples[self._rank]
+    def _start(self, batch: Ahead) -> None:
+        timeline, slot, there = self.timeline, batch.slot, batch.there
+        mine, width = batch.samples[self._rank], len(self._wanted.owned) * self._tables.dim
         with timeline.phase("lookup"):
-            bags.check(batch, self._tables.table_rows, self._checked)
-            slot = self._free.pop()
-            there = slot.fill(batch, mine, self._wanted, self._upload)
-            placed = self._exchange.place([len(some) * len(self._wanted.owned) * self._tables.dim for some in samples])
-            device.order(self._look, slot.uploaded)
+            placed = self._exchange.place([len(some) * width for some in batch.samples], stream=self._look)
+            self._device.order(self._look, slot.uploaded)
             pooled = again = None
             with slot.step("lookup", self._look):
                 if there.owned is not None:
-                    starts = [0, *accumulate(map(len, samples))]
+                    starts = [0, *accumulate(map(len, batch.samples))]
                     pooled = self._tables.pool(there.owned, placed.addresses, starts, self._look)
                 if self._replicated is not None and there.replicated is not None:
                     to = [slot.replicated.address]
                     again = self._replicated.pool(there.replicated, to, [0, len(mine)], self._look)
         timeline.before.append(self._watch.lap())
         with timeline.phase("post"):
-            handle = placed.post(self._look)
+            handle = placed.post()
         timeline.posted.append(clock())
         with timeline.phase("dense"):
-            device.order(lane := self._dense.bottom_lane.address, slot.uploaded)
+            self._device.order(lane := self._dense.bottom_lane.address, slot.uploaded)
             with slot.step("bottom", lane):
                 self._dense.bottom(slot, there.dense, mine)
-            device.record(slot.bottom, lane)
-        own = batch.slice(mine.start, mine.stop, self._kept_tables)
-        self._posted.append(OnItsWay(handle, slot, there, own, mine, (pooled, again)))
+            self._device.record(slot.bottom, lane)
+        self._posted.append(OnItsWay(handle, batch, mine, (pooled, again)))
 
     def _unfinished(self) -> int:
         return len(self._posted)
@@ -173,12 +201,12 @@ class GpuEngine(Loop[Batch]):
             parts = [*received.addresses, *([way.slot.replicated.address] if self._replicated is not None else [])]
             self._device.order(lane, way.slot.bottom)
             with way.slot.step("interaction", lane):
-                self._dense.interact(way.slot, parts, way.there.lengths, way.samples)
+                self._dense.interact(way.slot, parts, way.batch.there.lengths, way.mine)
             if self._keep_pooled:
                 self._keep(way, parts)
             way.handle.release(lane)
             with way.slot.step("top", lane):
-                self._dense.top(way.slot, way.samples)
+                self._dense.top(way.slot, way.mine)
             self._device.record(way.slot.finished, lane)
         self._finishing.append(way)
 
@@ -203,14 +231,16 @@ class GpuEngine(Loop[Batch]):
         self._tables.check(way.launches[0])
         if self._replicated is not None:
             self._replicated.check(way.launches[1])
-        count = len(way.samples)
+        count = len(way.mine)
         results = torch.from_numpy(on_host(way.slot.results, 2 * count).copy()).view(2, count)
         pooled = self._kept(way) if self._keep_pooled else None
         for name, spent in way.slot.elapsed():
             self.device_ms[name] += spent
         self._free.append(way.slot)
+        self._stager.give_back(way.batch.staged)
         self.timeline.emitted.append(clock())
-        return Predictions(way.mine.first, results[0], results[1], pooled, way.mine.labels)
+        mine = way.batch.staged.mine
+        return Predictions(mine.first, results[0], results[1], pooled, mine.labels)
 
     # --- pooled vectors that are kept
 
@@ -219,19 +249,19 @@ class GpuEngine(Loop[Batch]):
         return [*map(len, self._placement.pieces), *([len(self._wanted.replicated)] if self._replicated else [])]
 
     def _keep(self, way: OnItsWay, parts: list[int]) -> None:
-        at, row = way.slot.kept.address, len(way.samples) * self._tables.dim * 4
+        at, row = way.slot.kept.address, len(way.mine) * self._tables.dim * 4
         for source, width in zip(parts, self._widths(), strict=True):
             self._device.copy(at, source, width * row, self._dense.finish_lane.address)
             at += width * row
 
     def _kept(self, way: OnItsWay) -> Tensor:
         """The pooled vectors of a slice [n, T, dim], brought together as on a CPU."""
-        count, dim = len(way.samples), self._tables.dim
+        count, dim = len(way.mine), self._tables.dim
         widths = self._widths()
         floats = torch.from_numpy(on_host(way.slot.kept, count * sum(widths) * dim).copy())
         pieces = torch.split(floats, [count * width * dim for width in widths])
         parts = [part.view(count, width, dim) for part, width in zip(pieces, widths, strict=True)]
         out = torch.empty(count, self._placement.num_tables, dim)
-        means = {table: lengths(way.mine, table) for table in self._wanted.divided}
+        means = {table: lengths(way.batch.staged.mine, table) for table in self._wanted.divided}
         assemble(out, parts, self._placement.runs, means, slice(0, count))
         return out

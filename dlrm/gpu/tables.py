@@ -9,7 +9,7 @@ import numpy as np
 from blsrdma.errors import GpuError
 from blsrdma.gpu.pooling import GpuBags, GpuTable, PooledLookup
 from dlrm.asking import row_format
-from dlrm.gpu.slots import on_host
+from dlrm.gpu.staging import on_host
 from dlrm.placement import Piece
 
 if TYPE_CHECKING:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from contextlib import contextmanager
 from itertools import chain
@@ -13,6 +14,7 @@ import torch
 from blsrdma import GpuExchange
 from blsrdma.gpu import device as devices
 from blsrdma.settings import Settings, default_memory_limit
+from dlrm.data.batch import preload
 from dlrm.errors import OptionError
 from dlrm.gpu import memory
 from dlrm.gpu.accelerator import open_accelerator
@@ -20,7 +22,8 @@ from dlrm.gpu.bounds import Reference, first_outside
 from dlrm.gpu.dense import BLOCK_ALIGN, GpuDense, Span, planned_bytes
 from dlrm.gpu.engine import GpuEngine, slots_needed
 from dlrm.gpu.interaction import GpuInteraction
-from dlrm.gpu.slots import GROWTH, Slot, Wanted
+from dlrm.gpu.slots import Slot
+from dlrm.gpu.staging import GROWTH, Stager, Wanted
 from dlrm.gpu.tables import GpuTables
 from dlrm.placement import Piece
 from dlrm.verify import first_difference
@@ -41,7 +44,6 @@ if TYPE_CHECKING:
     from dlrm.options import Options
 
 HEAD_SAMPLES = 4096  # of the data that show which rows are asked for most, and how large batches are
-_abandoned: list[Any] = []  # what a device may still use after an error: kept until the process ends
 
 
 class GpuWorker(Worker):
@@ -183,9 +185,10 @@ class GpuWorker(Worker):
         def new_slot() -> Slot:
             return Slot(self._device, self._upload_bytes, samples, 4 * dim, copies, kept, options.profile)
 
+        stager = Stager(self._device, self.rank, self.placement, self.shape.table_rows, self._wanted, options.digest)
         engine = GpuEngine(
-            self.rank, self.placement, rows, self._on_gpu, self._copies, self._warm(options), self._wanted, new_slot,
-            self._lanes, timeout=options.timeout, **settings,
+            self.rank, self.placement, rows, self._on_gpu, self._copies, self._warm(options), stager, self._wanted,
+            new_slot, self._lanes, timeout=options.timeout, **settings,
         )  # fmt: skip
         stack.enter_context(_given_back(engine))
 
@@ -199,7 +202,7 @@ class GpuWorker(Worker):
             gpu["steps_ms"] = engine.device_ms if options.profile else None
             return found | {"gpu": gpu}
 
-        return Serving(engine, engine.run(batches), stats)
+        return Serving(engine, engine.serve(preload(map(stager.stage, batches))), stats)
 
     def table_bytes(self) -> int:
         """Bytes of this rank's tables as stored."""
@@ -232,11 +235,12 @@ class GpuWorker(Worker):
 
 @contextmanager
 def _given_back(engine: GpuEngine) -> Iterator[None]:
-    """Close the engine; after an error keep what a device may still use."""
+    """Close the engine. After an error a device may still use what it has, and where it hangs, giving it back would
+    wait for ever: it is kept, with the tables, until the process ends."""
     try:
         yield
     except BaseException:
-        _abandoned.append(engine)
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(engine))
         raise
     engine.close()
 
