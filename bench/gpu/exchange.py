@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import count
 from typing import Any
@@ -104,16 +104,22 @@ def _ranks(
                 continue
             found.setdefault("device", facts[0])
             found.setdefault("versions", {})[runtime] = each.versions
+        staged = [why for reply in teams["bls"].call("run", function=f"{_RANK}:reach", name=f"gpu-{next(_NAMES)}")
+                  for why in reply["staged"]]  # fmt: skip
+        if staged:
+            found["skipped"]["ipc"] = staged[0]
         copies = teams["bls"].call("run", function=f"{_RANK}:copies", size=effort.copy_bytes, repeat=effort.repeat)
         for size in effort.sizes:
-            run = _size(effort, teams, size, found)
+            run = _size(effort, teams, size, found, ["staged"] if staged else ["ipc", "staged"])
             found["runs"].append({"ranks": ranks, "mps": served, "bytes": size, "copy_gbs": copies[0]["gbs"], **run})
             report(f"exchange: {ranks} ranks, {size >> 10} KiB, {'with' if served else 'without'} MPS: measured")
 
 
-def _size(effort: Effort, teams: dict[str, Team], size: int, found: dict[str, Any]) -> dict[str, Any]:
+def _size(
+    effort: Effort, teams: dict[str, Team], size: int, found: dict[str, Any], paths: Sequence[str]
+) -> dict[str, Any]:
     """One size: ms of every system in every round."""
-    systems = {f"{path} {lag}": "bls" for path in ("ipc", "staged") for lag in effort.lags}
+    systems = {f"{path} {lag}": "bls" for path in paths for lag in effort.lags}
     systems |= {name: runtime for name, runtime in PEERS.items() if runtime in teams}
     if found["nccl"]["works"]:
         systems["nccl"] = "bls"

@@ -213,6 +213,14 @@ def load(runtime: Runtime, _progress: Callable[[int], None], prepare: str) -> di
     return gpu.facts(_clock[0].device)
 
 
+def reach(runtime: Any, _progress: Callable[[int], None], name: str) -> dict[str, Any]:
+    """How the other ranks can be reached from here, and why not by ipc."""
+    device = _clock[0].device.ordinal
+    with GpuExchange(runtime.store, runtime.rank, runtime.ranks, device=device, name=name, window_bytes=4096) as one:
+        peers = [peer for peer in one.stats()["peers"] if peer["rank"] != runtime.rank]
+        return {"staged": [peer["why_staged"] for peer in peers if peer["path"] == "staged"]}
+
+
 def copies(runtime: Runtime, _progress: Callable[[int], None], size: int, repeat: int) -> dict[str, Any]:
     """What a copy in the GPU's memory reaches while the other ranks do nothing."""
     return {"gbs": gpu.copy_gbs(_clock[0], size, repeat) if runtime.rank == 0 else []}

@@ -17,9 +17,18 @@ from bench.gpu.effort import Work
 from blsrdma.gpu.arrays import GpuArray
 
 if TYPE_CHECKING:
+    import torch
+
     from bench.gpu.lookup_rank import Batch
 
 Launch = Callable[[int], object]
+
+
+def view(at: int, shape: tuple[int, ...], dtype: Any) -> torch.Tensor:
+    """Memory of ours as a CUDA tensor."""
+    import torch
+
+    return torch.as_tensor(GpuArray(at, shape, np.dtype(dtype)), device="cuda")
 
 
 def torch_bags(stream: int, work: Work, address: int, given: Sequence[Batch], fused: bool) -> Launch:
@@ -31,9 +40,6 @@ def torch_bags(stream: int, work: Work, address: int, given: Sequence[Batch], fu
         raise RuntimeError(f"torch {torch.__version__} has no CUDA here")
     on = torch.cuda.ExternalStream(stream)  # type: ignore[no-untyped-call]
 
-    def view(at: int, shape: tuple[int, ...], dtype: Any) -> torch.Tensor:
-        return torch.as_tensor(GpuArray(at, shape, np.dtype(dtype)), device="cuda")
-
     weights = view(address, (work.tables * work.rows, work.dim), np.float32)
     count, samples = work.samples * work.pooling, work.samples
     ends = work.tables * samples + 1 if fused else samples + 1
@@ -43,17 +49,19 @@ def torch_bags(stream: int, work: Work, address: int, given: Sequence[Batch], fu
         for each in given
     ]  # fmt: skip
 
-    def launch_fused(i: int) -> None:
+    def launch_fused(i: int) -> object:
         indices, offsets = inputs[i % len(inputs)]
         with torch.cuda.stream(on), torch.inference_mode():
-            embedding_bag(indices, weights, offsets, mode="sum", include_last_offset=True)
+            return embedding_bag(indices, weights, offsets, mode="sum", include_last_offset=True)
 
-    def launch_each(i: int) -> None:
+    def launch_each(i: int) -> object:
         indices, offsets = inputs[i % len(inputs)]
+        out = []
         with torch.cuda.stream(on), torch.inference_mode():
             for t in range(work.tables):
                 bags, rows = indices[t * count : (t + 1) * count], weights[t * work.rows : (t + 1) * work.rows]
-                embedding_bag(bags, rows, offsets, mode="sum", include_last_offset=True)
+                out.append(embedding_bag(bags, rows, offsets, mode="sum", include_last_offset=True))
+        return out
 
     return launch_fused if fused else launch_each
 

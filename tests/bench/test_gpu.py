@@ -6,22 +6,26 @@ import argparse
 import contextlib
 import io
 import json
+import math
 import os
 import socket
 import subprocess
 import sys
 import tempfile
 import threading
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 import bench.rank
 from bench.control import ADDRESS
-from bench.gpu import command, dlrm, exchange, lookup, mps, report, tune
-from bench.gpu.effort import Effort
+from bench.gpu import command, dlrm, exchange, lookup, lookup_peers, mps, report, tune
+from bench.gpu.effort import Effort, Work
 from bench.launchers import Unavailable
 from bench.team import Team
 from blsrdma.gpu.device import unavailable
@@ -169,6 +173,33 @@ def test_lookups() -> None:
     assert 0.5 < tier["hot"] < 1 and 0 < tier["hot_rows"] < 60 and tier["verified"] > 0
     assert set(found["tiers"]["ms"]) == {"all", "0.7"}
     assert seen[0]["cases"]
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_torch_pools_the_same_bags(monkeypatch: pytest.MonkeyPatch, fused: bool) -> None:
+    """On the CPU, where what it is given is a GPU's."""
+    import torch
+
+    def view(at: Any, shape: tuple[int, ...], dtype: Any) -> torch.Tensor:
+        assert at.dtype == dtype
+        return torch.from_numpy(at.reshape(-1)[: math.prod(shape)].reshape(shape))
+
+    monkeypatch.setattr(lookup_peers, "view", view)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "ExternalStream", lambda _: nullcontext())
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+    work, random = Work(rows=9, tables=3, dim=4, pooling=2, samples=5, block=0), np.random.default_rng(1)
+    rows = random.standard_normal((3, 9, 4), np.float32)
+    batches = []
+    for _ in range(2):
+        indices = random.integers(0, 9, (3, 10))
+        fused_indices = indices + 9 * np.arange(3)[:, None]
+        batches.append(SimpleNamespace(at_indices=indices, at_fused=fused_indices, at_offsets=np.arange(0, 31, 2)))
+    launch = lookup_peers.torch_bags(0, work, rows, batches, fused=fused)
+    for i in range(3):
+        wanted = np.stack([rows[t][batches[i % 2].at_indices[t]].reshape(5, 2, 4).sum(1) for t in range(3)])
+        got = launch(i)
+        np.testing.assert_allclose(got.reshape(3, 5, 4) if fused else torch.stack(got), wanted, rtol=1e-6, atol=1e-6)
 
 
 def test_exchanges() -> None:
