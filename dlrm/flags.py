@@ -311,7 +311,7 @@ def _gpu_flags(add: Callable[..., Any]) -> None:
         default="cpu",
         help="where tables are, and are pooled, and the MLPs are multiplied; cuda: every rank on a GPU of its host, "
         "LOCAL_RANK modulo their number; --verify then compares pooled vectors bit by bit, and logits with float64 "
-        "within the bound of their rounding errors (cpu)",
+        "within a bound of its rounding errors (cpu)",
     )
     add(
         "--gpu-memory",

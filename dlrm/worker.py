@@ -19,7 +19,7 @@ import torch
 from torch.distributed import PrefixStore
 from tqdm import tqdm
 
-from dlrm import checkpoint, collect, delays, heap, kernels, metrics, planner, report
+from dlrm import checkpoint, collect, delays, heap, kernels, metrics, outputs, planner, report
 from dlrm.asking import AskEngine, AskRoute, own_tables, traffic, window_sizes
 from dlrm.collective import Collective
 from dlrm.data import open_source
@@ -336,23 +336,23 @@ class Worker:
         if gathered is None or cuts is None or timelines is None or all_stats is None:
             if options.digest:
                 for result in results:
-                    collect.gather(collector, _pooled(result))
+                    collect.gather(collector, outputs.kept_pooled(result))
             return None
 
-        by_sample = _in_sample_order(gathered, cuts)
+        by_sample = outputs.in_sample_order(gathered, cuts)
         logits, probabilities, known = by_sample
         timeline_arrays = [one.reshape(-1, COLUMNS) for one in timelines]
         values = report.assemble(options, timeline_arrays, all_stats)
         digest, difference = hashlib.sha256(f"{self.kernel.name} {options.pooling}".encode()), None
         if options.digest:
             for batch, result in zip(islice(self.batches(options), len(results)), results, strict=True):
-                parts = collect.gather(collector, _pooled(result))
+                parts = collect.gather(collector, outputs.kept_pooled(result))
                 assert parts is not None
                 pooled = np.concatenate(parts).reshape(batch.size, self.shape.num_tables, self.shape.dim)
                 digest.update(pooled.tobytes())
                 if options.verify and difference is None:
-                    outputs = by_sample[:2, batch.first : batch.first + batch.size]
-                    difference = self._difference(batch, pooled, outputs)
+                    predicted = by_sample[:2, batch.first : batch.first + batch.size]
+                    difference = self._difference(batch, pooled, predicted)
         has_labels = all(one["labelled"] for one in all_stats if one["iterations"]) and len(known) > 0
         values |= {
             "samples": len(probabilities),
@@ -373,7 +373,7 @@ class Worker:
         ):
             values[name] = metric(known, probabilities) if has_labels else None
         if options.predictions:
-            save_predictions(options.predictions, probabilities)
+            outputs.save_predictions(options.predictions, probabilities)
         return Report(values, timeline_arrays, difference)
 
     def _more_values(self, stats: list[dict[str, Any]]) -> dict[str, Any]:  # noqa: ARG002 - every rank's
@@ -389,19 +389,6 @@ class Worker:
         return difference and f"batch {batch.first // self.options.mini_batch_size}: {difference}"
 
 
-def _in_sample_order(by_rank: list[NDArray[np.float32]], cuts: list[NDArray[np.int64]]) -> NDArray[np.float32]:
-    """[3, samples] from each rank's [3, n], cut into pieces (first, samples) of the run."""
-    places = [cut.reshape(-1, 2) for cut in cuts]
-    total = sum(int(cut[:, 1].sum()) for cut in places)
-    ordered = np.empty((3, total), np.float32)
-    for flat, cut in zip(by_rank, places, strict=True):
-        mine, at = flat.reshape(3, -1), 0
-        for first, samples in cut.tolist():
-            ordered[:, first : first + samples] = mine[:, at : at + samples]
-            at += samples
-    return ordered
-
-
 def _milliseconds(phases: dict[str, int] | None) -> dict[str, float] | None:
     return None if phases is None else {name: nanoseconds / 1e6 for name, nanoseconds in phases.items()}
 
@@ -410,18 +397,3 @@ def resident_bytes() -> int:
     """Memory of this process that is not shared with files: what the kernel calls RssAnon plus RssShmem."""
     words = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return sum(int(words[name].split()[0]) for name in ("RssAnon", "RssShmem")) << 10
-
-
-def _pooled(result: Predictions) -> NDArray[np.float32]:
-    assert result.pooled is not None
-    return result.pooled.numpy()
-
-
-def save_predictions(path: str, probabilities: NDArray[np.float32]) -> None:
-    """Write click probabilities in sample order: .npy float32 [samples], or .csv with columns sample, probability."""
-    if path.endswith(".npy"):
-        np.save(path, probabilities)
-        return
-    with Path(path).open("w", encoding="ascii") as stream:
-        stream.write("sample,probability\n")
-        stream.writelines(f"{sample},{value:.9g}\n" for sample, value in enumerate(probabilities.tolist()))

@@ -1,10 +1,11 @@
 """What --verify compares logits on a GPU with: the model in float64, and how far its evaluation in fp32 may be from it.
 
-The bound is not a tolerance that was tuned. It is the running bound of a forward error analysis (Higham, Accuracy and
-Stability of Numerical Algorithms, section 3): sums of n products, in whatever order and with whatever is fused, are off
-by at most gamma(n + 1) of the sum of their absolute values, and errors that came in are carried along with absolute
-values of the weights. It holds for every correct fp32 evaluation, and for TF32 with products of factors of 11 bits.
-Pooled vectors come in without an error: their bits are compared first.
+No tolerance that was tuned to a run: a forward error analysis that treats roundings as independent (Higham and Mary, A
+new approach to probabilistic rounding error analysis, 2019). Each of the n roundings of a sum is off by a random part of
+the unit of the partial sum it rounds, whose size is that of the sum, of its bias, or of a random walk of its products;
+errors that came in are carried along by the squares of the weights. DEVIATIONS standard deviations are allowed. The worst
+case would be of no use: it grows by sums of absolute weights, tenfold and more with each layer. Pooled vectors come in
+without an error: their bits are compared first.
 """
 
 from __future__ import annotations
@@ -20,19 +21,16 @@ if TYPE_CHECKING:
 
     from dlrm.model import Dense
 
-UNIT = 2.0**-24  # of fp32
-TF32_PRODUCT = 2.0**-10 + 2.0**-22  # of two factors that were rounded to 11 bits
+UNIT = 2.0**-24  # of fp32, rounded to nearest
+TF32_UNIT = 2.0**-11
+TF32_SUM_UNIT = 2.0**-23  # tensor cores cut off, always to the same side
+DEVIATIONS = 16.0
 SIGMOID = 2.0**-20  # what an fp32 sigmoid is off by, at most
-TINY = 1e-30  # what underflow can have lost
-
-
-def gamma(roundings: int, unit: float = UNIT) -> float:
-    """What so many roundings, one after another, change at most, relatively."""
-    return roundings * unit / (1 - roundings * unit)
+TINY = 1e-30  # of a variance: what underflow can have lost
 
 
 class Reference:
-    """A model in float64."""
+    """A model in float64. Values go through it with the variances of their errors in fp32."""
 
     def __init__(self, model: Dense, tf32: bool) -> None:
         self._shape, self._pairs, self._threshold = model.shape, model.pairs, model.loss_threshold
@@ -42,37 +40,40 @@ class Reference:
 
     def logits(self, dense: Tensor, pooled: Tensor) -> tuple[Tensor, Tensor]:
         """Logits [B] of float32 features [B, D] and pooled vectors [B, T, dim], and bounds of their errors [B]."""
-        value = dense.double(), torch.zeros(dense.shape, dtype=torch.float64)
-        for weights in self._bottom:
-            value = _rectified(*self._linear(*value, *weights))
-        vectors = torch.cat([value[0].unsqueeze(1), pooled.double()], dim=1)
-        errors = torch.zeros_like(vectors)
-        errors[:, 0] = value[1]
-        value = self._interact(vectors, errors)
-        for number, weights in enumerate(self._top):
-            value = self._linear(*(value if number == 0 else _rectified(*value)), *weights)
-        return value[0].view(-1), value[1].view(-1)
+        value, variance = dense.double(), torch.zeros(dense.shape, dtype=torch.float64)
+        for weight, bias in self._bottom:
+            value, variance = self._linear(value, variance, weight, bias)
+            value = value.relu()
+        vectors = torch.cat([value.unsqueeze(1), pooled.double()], dim=1)
+        variances = torch.zeros_like(vectors)
+        variances[:, 0] = variance
+        value, variance = self._interact(vectors, variances)
+        for number, (weight, bias) in enumerate(self._top):
+            value, variance = self._linear(value if number == 0 else value.relu(), variance, weight, bias)
+        return value.view(-1), DEVIATIONS * variance.view(-1).sqrt()
 
-    def _linear(self, value: Tensor, error: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-        magnitudes, inputs = weight.abs().t(), value.shape[1]
-        each = gamma(inputs + 1)
-        if self._tf32:  # whose sums may be cut off in place of being rounded
-            each = TF32_PRODUCT + gamma(inputs + 2, 2 * UNIT)
-        added = each * ((value.abs() + error) @ magnitudes + bias.abs()) + TINY
-        return value @ weight.t() + bias, error @ magnitudes + added
+    def _linear(self, value: Tensor, variance: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        squares, terms, out = (weight * weight).t(), value.shape[1] + 1, value @ weight.t() + bias
+        walk = (value * value) @ squares
+        sizes = walk + out * out + bias * bias
+        added = terms * UNIT**2 * sizes
+        if self._tf32:
+            added = 2 * TF32_UNIT**2 * walk + (terms * TF32_SUM_UNIT) ** 2 * sizes
+        return out, variance @ squares + added + TINY
 
-    def _interact(self, vectors: Tensor, errors: Tensor) -> tuple[Tensor, Tensor]:
+    def _interact(self, vectors: Tensor, variances: Tensor) -> tuple[Tensor, Tensor]:
         batch = len(vectors)
         if self._shape.interaction == "cat":
-            return vectors.reshape(batch, -1), errors.reshape(batch, -1)
-        sizes = vectors.abs()
-        products = torch.bmm(vectors, vectors.transpose(1, 2)).view(batch, -1)
-        most = torch.bmm(sizes + errors, (sizes + errors).transpose(1, 2))
-        carried = most - torch.bmm(sizes, sizes.transpose(1, 2))
-        off = (carried + gamma(self._shape.dim + 1) * most + TINY).view(batch, -1)
-        found = (torch.cat([of[:, 0], pairs.index_select(1, self._pairs)], dim=1)
-                 for of, pairs in ((vectors, products), (errors, off)))  # fmt: skip
-        return next(found), next(found)
+            return vectors.reshape(batch, -1), variances.reshape(batch, -1)
+        turned, squares = vectors.transpose(1, 2), vectors * vectors
+        products = torch.bmm(vectors, turned)
+        walk = torch.bmm(squares, squares.transpose(1, 2))
+        carried = torch.bmm(squares + variances, (squares + variances).transpose(1, 2)) - walk
+        # (twice what is carried: in a product of a vector with itself both errors are one)
+        off = 2 * carried + self._shape.dim * UNIT**2 * (walk + products * products) + TINY
+        found = [torch.cat([of[:, 0], pairs.view(batch, -1).index_select(1, self._pairs)], dim=1)
+                 for of, pairs in ((vectors, products), (variances, off))]  # fmt: skip
+        return found[0], found[1]
 
     def probabilities(self, logits: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor]:
         """Probabilities [B], and bounds of their errors."""
@@ -80,10 +81,6 @@ class Reference:
         if 0 < self._threshold < 1:
             value = value.clamp(self._threshold, 1 - self._threshold)
         return value, bounds / 4 + SIGMOID
-
-
-def _rectified(value: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
-    return value.relu(), error
 
 
 def first_outside(

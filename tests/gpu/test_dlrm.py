@@ -284,7 +284,7 @@ def test_without_a_gpu_the_command_says_so_in_one_line() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("flags", ["", "--cuda-graphs false", "--tf32", "--gpu-memory 40M --row-wise-above 5000"])
+@pytest.mark.parametrize("flags", ["", "--cuda-graphs false", "--tf32", "--gpu-memory 7M"])
 def test_the_command_on_a_real_gpu(tmp_path: Path, flags: str) -> None:
     found = []
     for ranks, lag in (("1", "0"), ("2", "3")):
@@ -298,4 +298,6 @@ def test_the_command_on_a_real_gpu(tmp_path: Path, flags: str) -> None:
         assert found[-1]["exact"] is True
         assert 0 < found[-1]["largest_error_in_bounds"] < 1
     assert found[0]["logits_sha256"] == found[1]["logits_sha256"]
-    assert found[0]["pooled_sha256"] == found[1]["pooled_sha256"] or "--row-wise-above" in flags
+    assert found[0]["pooled_sha256"] == found[1]["pooled_sha256"]
+    all_hot = {gpu["hot_rows"] == gpu["rows"] for values in found for gpu in values["gpu"]}
+    assert all_hot == {"--gpu-memory" not in flags}
