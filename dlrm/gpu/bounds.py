@@ -1,11 +1,11 @@
 """What --verify compares logits on a GPU with: the model in float64, and how far its evaluation in fp32 may be from it.
 
 No tolerance that was tuned to a run: a forward error analysis that treats roundings as independent (Higham and Mary, A
-new approach to probabilistic rounding error analysis, 2019). Each of the n roundings of a sum is off by a random part of
-the unit of the partial sum it rounds, whose size is that of the sum, of its bias, or of a random walk of its products;
-errors that came in are carried along by the squares of the weights. DEVIATIONS standard deviations are allowed. The worst
-case would be of no use: it grows by sums of absolute weights, tenfold and more with each layer. Pooled vectors come in
-without an error: their bits are compared first.
+new approach to probabilistic rounding error analysis, 2019). Each of the n roundings of a sum is off by a random part
+of the unit of the partial sum it rounds, whose size is that of the sum, of its bias, or of a random walk of its
+products; errors that came in are carried along by the squares of the weights. DEVIATIONS standard deviations are
+allowed. The worst case would be of no use: it grows by sums of absolute weights, tenfold and more with each layer.
+Pooled vectors come in without an error: their bits are compared first.
 """
 
 from __future__ import annotations
