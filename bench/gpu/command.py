@@ -101,13 +101,23 @@ def measure(options: argparse.Namespace, effort: Effort) -> int:
         except (TeamFailed, Unavailable) as error:  # what it had told before stays
             print(f"bench gpu: {name} failed: {error}", file=sys.stderr)
             failed = True
-        parts = results["parts"]
-        devices = [part.get("device", {}).get("name", "") for part in parts.values()]
-        if options.document and any(name.startswith(SIMULATED) for name in devices):
-            print("bench gpu: numbers of a simulated GPU mean nothing: the document stays as it is", file=sys.stderr)
-            options.document, failed = None, True
-        publish(options, command, report.about(parts), report.tables(parts))
+        except SystemExit:  # told to end
+            _publish(options, command, results["parts"])
+            raise
+        failed |= not _publish(options, command, results["parts"])
     return int(failed)
+
+
+def _publish(options: argparse.Namespace, command: str, parts: dict[str, Any]) -> bool:
+    """Show what there is; False where it was not put into the document that was named."""
+    devices = [part.get("device", {}).get("name", "") for part in parts.values()]
+    refused = options.document and any(name.startswith(SIMULATED) for name in devices)
+    if refused:
+        print("bench gpu: numbers of a simulated GPU mean nothing: the document stays as it is", file=sys.stderr)
+        options.document = None
+    if parts:
+        publish(options, command, report.about(parts), report.tables(parts))
+    return not refused
 
 
 _PARTS: dict[str, Callable[[Effort, Callable[[str], None], Keep], dict[str, Any]]] = {

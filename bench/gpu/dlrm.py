@@ -7,15 +7,15 @@ one layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
 from bench.gpu import mps
 from bench.gpu.effort import Effort
-from bench.gpu.teams import team
+from bench.gpu.teams import team, words
 from bench.team import Team, TeamFailed
 
 # Rows of Criteo's Terabyte tables where at most 40 million are kept of each, as in MLPerf v1.
@@ -74,22 +74,28 @@ def flags(effort: Effort, model: str, rows: tuple[int, ...], processes: int) -> 
 def measure(
     effort: Effort, report: Callable[[str], None], keep: Callable[[dict[str, Any]], None]
 ) -> dict[str, Any]:  # fmt: skip
-    """Rounds over the entries; with MPS where there is one. Raises TeamFailed."""
+    """With MPS where there is one and it works, else without. Raises TeamFailed."""
+    try:
+        with mps.served() as environment:
+            return _measure(effort, environment, {}, report, keep)
+    except (mps.NoMps, TeamFailed) as reason:
+        why = words(reason)
+        report(f"dlrm: without MPS: {why}")
+    return _measure(effort, {}, {"MPS": why}, report, keep)
+
+
+def _measure(
+    effort: Effort, environment: Mapping[str, str], skipped: dict[str, str], report: Callable[[str], None],
+    keep: Callable[[dict[str, Any]], None],
+) -> dict[str, Any]:  # fmt: skip
+    """Rounds over the entries."""
     ranks, rows = effort.ranks[0], scaled(effort.dlrm_bytes, effort.model_dim)
     found: dict[str, Any] = {
-        "rows": list(rows), "ranks": ranks, "runs": {}, "looked": {}, "skipped": {}, "mps": False,
+        "rows": list(rows), "ranks": ranks, "runs": {}, "looked": {}, "skipped": skipped, "mps": bool(environment),
         "dim": effort.model_dim, "batch": effort.batch, "batches": effort.batches, "lag": effort.lag,
         "delay": effort.delay,
     }  # fmt: skip
-    with ExitStack() as stack:
-        environment: dict[str, str] = {}
-        try:
-            environment = stack.enter_context(mps.served())
-            found["mps"] = True
-        except mps.NoMps as reason:
-            found["skipped"]["MPS"] = str(reason)
-        servers = team(ranks, more=environment)
-        stack.callback(servers.close)
+    with closing(team(ranks, more=environment)) as servers:
         servers.ready()
         for model in MODELS:
             replies = servers.call(

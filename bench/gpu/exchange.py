@@ -9,7 +9,7 @@ from typing import Any
 
 from bench.gpu import mps
 from bench.gpu.effort import Effort
-from bench.gpu.teams import team
+from bench.gpu.teams import team, words
 from bench.launchers import Unavailable
 from bench.team import Team, TeamFailed
 
@@ -42,12 +42,6 @@ def measure(effort: Effort, report: Callable[[str], None], keep: Callable[[dict[
     if failure is not None:
         raise failure
     return found
-
-
-def words(error: TeamFailed) -> str:
-    """What happened, in one line: the first rank's own."""
-    first, *more = str(error).splitlines()
-    return f"{first} {more[0].strip()}" if more and first.endswith(":") else first
 
 
 @contextmanager

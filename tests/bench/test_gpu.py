@@ -13,7 +13,8 @@ import subprocess
 import sys
 import tempfile
 import threading
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -249,8 +250,12 @@ def test_a_part_that_fails_does_not_stop_the_next(
         return made_up()["exchange"]
 
     written: list[str] = []
-    path = tmp_path / "out" / "gpu.json"
     monkeypatch.setattr(command.environment, "busy_cores", lambda: 0.0)
+    monkeypatch.setattr(command, "_PARTS", {"lookup": failing})
+    assert command.measure(options(parts=["lookup"]), Effort()) == 1
+    told = capsys.readouterr()
+    assert "lookup failed: rank 1 is gone" in told.err and not told.out  # nothing is published
+    path = tmp_path / "out" / "gpu.json"
     path.parent.mkdir()
     path.write_text(json.dumps({"parts": {"dlrm": made_up()["dlrm"]}}))  # of an earlier run
     monkeypatch.setattr(command, "_PARTS", {"lookup": failing, "exchange": working})
@@ -260,6 +265,20 @@ def test_a_part_that_fails_does_not_stop_the_next(
     assert "All-to-all of 2 ranks" in told.out and "DLRM of MLPerf" in told.out
     assert json.loads(written[0])["parts"]["exchange"]["half"]  # before it was done
     assert set(json.loads(path.read_text())["parts"]) == {"exchange", "dlrm"}
+
+
+def test_what_there_is_is_shown_when_time_is_over(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def ended(_effort: Effort, _report: Any, keep: Any) -> Any:
+        keep({**made_up()["dlrm"], "environment": None})
+        sys.exit(143)
+
+    monkeypatch.setattr(command.environment, "busy_cores", lambda: 0.0)
+    monkeypatch.setattr(command, "_PARTS", {"dlrm": ended})
+    with pytest.raises(SystemExit):
+        command.measure(options(parts=["dlrm"]), Effort())
+    assert "DLRM of MLPerf" in capsys.readouterr().out
 
 
 def test_a_simulated_gpu_is_never_published(
@@ -284,6 +303,24 @@ def test_mps_that_does_not_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(mps, "COMMAND", str(refusing))
     with pytest.raises(mps.NoMps, match="no permission"), mps.served():
         pass
+
+
+def test_the_model_goes_on_without_mps_where_it_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    @contextmanager
+    def served() -> Iterator[dict[str, str]]:
+        yield {"CUDA_MPS_PIPE_DIRECTORY": "here"}
+
+    def measured(_effort: Effort, environment: dict[str, str], skipped: dict[str, str], *_: Any) -> Any:
+        if environment:
+            raise command.TeamFailed("bls with 2 ranks: run failed:\n  rank 0: GpuError: no server\nmore")
+        return skipped
+
+    monkeypatch.setattr(mps, "served", served)
+    monkeypatch.setattr(dlrm, "_measure", measured)
+    told: list[str] = []
+    why = "bls with 2 ranks: run failed: rank 0: GpuError: no server"
+    assert dlrm.measure(TOY, told.append, lambda _: None) == {"MPS": why}
+    assert told == [f"dlrm: without MPS: {why}"]
 
 
 def test_mps_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
