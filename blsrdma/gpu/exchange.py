@@ -228,8 +228,9 @@ class GpuExchange:
         `dtype` for rank q (or as the items of the array `like`).
 
         The addresses that it gives lie in the peers' own windows where these can be written, so that nothing is copied;
-        and in memory to be staged elsewhere. Launch the kernel on `stream`, then call `Placement.post`: nothing else
-        can be posted before. Raises as post() does.
+        and in memory to be staged elsewhere. Launch the kernel on `stream`, for what this device still does with its
+        own window comes first there; then call `Placement.post`: nothing else can be posted before. Raises as post()
+        does.
         """
         self._inner._usable()
         if self._placed is not None:
@@ -392,14 +393,12 @@ class Placement:
         self._exchange, self._handle = exchange, handle
         self.iteration, self.addresses = handle.iteration, addresses
 
-    def post(self, stream: Stream = None) -> GpuHandle:
-        """Send what the work that `stream` (None: that of place()) holds now will have written."""
+    def post(self) -> GpuHandle:
+        """Send what the work that the stream of place() holds now will have written."""
         if self._exchange._placed is not self:
             raise WindowHeld(f"iteration {self.iteration} has been posted already")
         self._exchange._inner._usable()
         self._exchange._placed = None
-        if stream is not None:
-            self._handle._stream = stream_address(stream, self._exchange.device)
         self._exchange._hand_over(0, self._handle._stream)
         return self._handle
 

@@ -153,7 +153,7 @@ def _cases():
         yield pytest.param(kind, lag, placed, id=name, marks=() if name in USUAL else pytest.mark.slow)
 
 
-@pytest.mark.parametrize(("kind", "lag", "placed"), _cases())
+@pytest.mark.parametrize(("kind", "lag", "placed"), list(_cases()))
 def test_exact(where, kind, lag, placed):
     ranks, paths, env = PATHS[kind]
     env = {"SIMULATED_CUDA_DELAY_US": "150", "SIMULATED_CUDA_SEED": str(lag), **env, **where}
