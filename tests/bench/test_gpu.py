@@ -217,16 +217,15 @@ def test_exchanges() -> None:
 
 
 def test_dlrm() -> None:
-    effort = replace(TOY, prepare="tests.bench.gpu_device:simulate_torch")
+    effort = replace(TOY, prepare="tests.bench.gpu_device:simulate_torch", runs=1)
     found = dlrm.measure(effort, quiet, lambda _: None)
     assert set(found["runs"]) == {entry.name for entry in dlrm.entries(TOY)}
-    assert all(len(runs) == 2 for runs in found["runs"].values())
     assert min(run["ms"] for runs in found["runs"].values() for run in runs) > 0
     assert {run["digest"] for run in found["looked"].values()} and len(found["looked"]) == 2
     assert all(spent > 0 for run in found["looked"].values() for spent in run["steps_ms"].values())
     (delayed,) = (runs for name, runs in found["runs"].items() if name == "delayed, lag 1")
     assert len(delayed[0]["slept_ms"]) == 2 and len(delayed[0]["slept_ms"][0]) == 6
-    assert delayed[0]["slept_ms"] != delayed[1]["slept_ms"]
+    assert max(map(max, delayed[0]["slept_ms"])) > 0
     assert set(delayed[0]["paths"]) == {"self", "ipc"}
     assert report.over_model(found, "delayed, lag 1")
 
