@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from dlrm.data.batch import Batch
     from dlrm.gpu.worker import GpuWorker
+    from dlrm.loop import Predictions
 
 MODEL = "--arch-embedding-size 40-3-300-20-1000 --arch-mlp-bot 5-16-8 --arch-sparse-feature-size 8 --arch-mlp-top 16-1"
 SMALL = f"{MODEL} --mini-batch-size 21 --num-batches 5 --num-indices-per-lookup 7 --verify"
@@ -55,8 +56,24 @@ def on_gpu(line: str, rank: int, ranks: int) -> GpuWorker:
     return GpuWorker(parse([*line.split(), "--device", "cuda"]), rank, ranks, SimulatedAccelerator())
 
 
+# What waits for the device, or makes it wait: not to be called once batches are served.
+NOT_IN_THE_LOOP = ("cuMemAlloc_v2", "cuMemFree_v2", "cuMemAllocHost_v2", "cuMemFreeHost", "cuMemHostRegister_v2",
+                   "cuStreamSynchronize", "cuEventSynchronize", "cuCtxSynchronize", "cuModuleLoadData",
+                   "cuEventCreate", "cuStreamCreateWithPriority")  # fmt: skip
+
+
+def watched(loop: Callable[..., Iterator[Predictions]]) -> Callable[..., Iterator[Predictions]]:
+    def run(predictions: Iterator[Predictions]) -> Iterator[Predictions]:
+        before = [simulated.calls(function) for function in NOT_IN_THE_LOOP]
+        yield from loop(predictions)
+        assert [simulated.calls(function) for function in NOT_IN_THE_LOOP] == before
+
+    return run
+
+
 def serve(rank: int, ranks: int, store: Store, line: str, runs: list[dict[str, Any]]) -> list[dict[str, Any]] | None:
     worker = on_gpu(line, rank, ranks)
+    worker._watched = watched(worker._watched)  # type: ignore[method-assign]
     reports = [worker.run(store, f"run {number}", **changes) for number, changes in enumerate(runs)]
     assert simulated.complaints() == 0
     return [{**report.values, "difference": report.difference} for report in reports if report] or None
