@@ -160,6 +160,29 @@ def test_weights() -> None:
     run(2, f"{SMALL} {DIVIDED} --quantize-emb-with-bit 16", target=serve_weighted)
 
 
+def be_the_command(rank: int, ranks: int, store: Store, flags: list[str]) -> int:
+    import dlrm.gpu.worker
+    from dlrm.__main__ import main
+    from tests.gpu.accelerator import SimulatedAccelerator
+
+    simulate()
+    dlrm.gpu.worker.open_accelerator = lambda *_: SimulatedAccelerator()  # type: ignore[assignment]
+    return main([*flags, "--device", "cuda"])
+
+
+def test_the_command_tells_of_gpus_and_of_what_was_compared(tmp_path: Path) -> None:
+    flags = [*SMALL.split(), "--lag", "1", "--profile", "--json", str(tmp_path / "out.json")]
+    zero, one = run_ranks(be_the_command, 2, flags)
+    assert zero.value == one.value == 0, zero.output
+    assert "of tables (all rows)" in one.output
+    said = " ".join(zero.output.replace("│", " ").split())
+    assert "rank 1 is on GPU 0, Simulated GPU 0: tables" in said
+    assert "every bit of pooled vectors; logits are off float64 by at most" in said
+    values = json.loads((tmp_path / "out.json").read_text())
+    assert values["settings"]["device"] == "cuda"
+    assert set(values["gpu"][1]["steps_ms"]) == {"lookup", "bottom", "interaction", "top"}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("path", ["ipc", "staged"])
 @pytest.mark.parametrize("bits", [32, 16, 8, 4])
@@ -253,10 +276,15 @@ def refuse(line: str, says: str, error: type[Exception]) -> None:
 
 
 def refuse_all(rank: int, ranks: int, store: Store) -> None:
+    from dlrm.gpu.accelerator import open_accelerator
+
     refuse(f"{SMALL} --dense-block 32", "wanted a multiple of 64 on a GPU", OptionError)
     refuse(f"{SMALL} --window-bytes 64", "messages in GPU memory come whole, and have up to 3360", OptionError)
     refuse(f"{SMALL} --gpu-memory 4K", "a rank needs .* besides its tables .*: the limit is 4.0 K", MemoryLimitExceeded)
     refuse(f"{SMALL} --gpu-memory 9G", "--gpu-memory 9.0 GiB: .* are free", MemoryLimitExceeded)
+    if not torch.cuda.is_available():
+        with pytest.raises(OptionError, match=r"torch .* cannot use CUDA: install a build that can"):
+            open_accelerator(0, tf32=False)
     os.environ["BLSRDMA_MEMORY_LIMIT"] = "1000"
     refuse(f"{SMALL} --gpu-memory 60K", "of page-locked host memory: the limit is 1000 B", MemoryLimitExceeded)
 
@@ -300,21 +328,30 @@ def test_without_a_gpu_the_command_says_so_in_one_line() -> None:
 # --- on a real GPU
 
 
+def served(folder: Path, *flags: str) -> dict[str, Any]:
+    """The report of a verified run of the command."""
+    report = folder / "report.json"
+    run_flags = ("--verify", "--dense-block", "64", "--num-batches", "30", "--profile", "--json", str(report))
+    done = command(*run_flags, *flags)
+    assert done.returncode == 0, done.stderr
+    values: dict[str, Any] = json.loads(report.read_text())
+    assert values["exact"] is True
+    assert 0 < values["largest_error_in_bounds"] < 1
+    return values
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("flags", ["", "--cuda-graphs false", "--tf32", "--gpu-memory 7M"])
-def test_the_command_on_a_real_gpu(tmp_path: Path, flags: str) -> None:
-    found = []
-    for ranks, lag in (("1", "0"), ("2", "3")):
-        report = tmp_path / f"{ranks}.json"
-        done = command(
-            "--ranks", ranks, "--lag", lag, "--verify", "--dense-block", "64", "--num-batches", "30", "--profile",
-            "--json", str(report), *flags.split(),
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        found.append(json.loads(report.read_text()))
-        assert found[-1]["exact"] is True
-        assert 0 < found[-1]["largest_error_in_bounds"] < 1
-    assert found[0]["logits_sha256"] == found[1]["logits_sha256"]
-    assert found[0]["pooled_sha256"] == found[1]["pooled_sha256"]
-    all_hot = {gpu["hot_rows"] == gpu["rows"] for values in found for gpu in values["gpu"]}
-    assert all_hot == {"--gpu-memory" not in flags}
+def test_bits_on_a_real_gpu_depend_neither_on_ranks_nor_on_lags(tmp_path: Path) -> None:
+    one, two = served(tmp_path, "--ranks", "1"), served(tmp_path, "--ranks", "2", "--lag", "3")
+    assert one["logits_sha256"] == two["logits_sha256"]
+    assert one["pooled_sha256"] == two["pooled_sha256"]
+    assert one["gpu"][0]["hot_rows"] == one["gpu"][0]["rows"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "flags", ["--cuda-graphs false --gpu-memory 7M", "--tf32 --pooling mean --row-wise-above 5000"]
+)
+def test_a_real_gpu_with_other_flags(tmp_path: Path, flags: str) -> None:
+    values = served(tmp_path, "--ranks", "2", "--lag", "1", *flags.split())
+    assert all((gpu["hot_rows"] == gpu["rows"]) == ("--tf32" in flags) for gpu in values["gpu"])
