@@ -23,6 +23,7 @@ import logging
 import os
 import weakref
 from contextlib import suppress
+from time import monotonic_ns
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -359,12 +360,19 @@ class GpuExchange:
             if size > self.window_bytes and q != self.rank:
                 raise self._too_large(q, size)
         limit = self._timeout_ns if timeout is None else timeout_ns(timeout)
+        began = monotonic_ns()
         outcome = self._core.announce(sizes, buffer.tag, limit)
+        self._traced("post", self._next, began, outcome)
         if outcome:
             raise self._inner._error(outcome)
         handle = GpuHandle(self, self._next, buffer, sizes[self.rank], stream_address(stream, self.device))
         self._next += 1
         return handle
+
+    def _traced(self, kind: str, iteration: int, began: int, outcome: int) -> None:
+        """A call of the host's; what the device does is not in the trace."""
+        if (span := self._inner._span) is not None:
+            span(kind, iteration, began, outcome)
 
     def _hand_over(self, address: int, stream: int) -> None:
         try:
@@ -433,7 +441,9 @@ class GpuHandle:
         if self.released:
             raise WindowHeld(f"iteration {self.iteration} has been released: its windows may hold a later one")
         limit = exchange._timeout_ns if timeout is None else timeout_ns(timeout)
+        began = monotonic_ns()
         outcome = exchange._core.wait(self.iteration, self._on(stream), limit)
+        exchange._traced("wait", self.iteration, began, outcome)
         if outcome:
             raise exchange._inner._error(outcome)
         return GpuReceived(self)

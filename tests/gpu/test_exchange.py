@@ -31,6 +31,7 @@ from blsrdma.errors import (
 )
 from blsrdma.gpu.arrays import GpuArray
 from blsrdma.gpu.device import open_device
+from blsrdma.trace import load
 from blsrdma.ucx import native
 from tests.gpu import simulated
 from tests.gpu.rank import start
@@ -193,6 +194,19 @@ def test_devices_that_can():
 def test_alone(where):
     (result,) = run_ranks(_exact, 1, 2, ["auto"], 10, False, 1, env=where)
     assert result.value == (["self"], 0)
+
+
+def _traced(rank, world, store, folder):
+    start()
+    with GpuExchange(store, rank, world, device=0, lag=1, window_bytes=WINDOW, trace=folder) as exchange:
+        Loop(exchange, 8, True).run()
+
+
+def test_a_trace_of_it(tmp_path):
+    run_ranks(_traced, 2, str(tmp_path))
+    for each in load(tmp_path)["gpu-exchange"]:
+        for kind in ("begin", "post", "wait"):
+            assert each.of(kind)[:, 1].tolist() == list(range(8))
 
 
 def _vector(device, values):
