@@ -48,7 +48,7 @@ class Plan:
     host_bytes: int
 
     def __str__(self) -> str:
-        rows, hot = sum(tier.rows for tier in self.tiers), sum(len(tier.hot) for tier in self.tiers)
+        rows, hot = sum(tier.rows for tier in self.tiers), sum(tier.hot_rows for tier in self.tiers)
         where = "all rows" if hot == rows else f"{hot:,} of {rows:,} rows"
         text = f"{format_size(self.gpu_bytes)} of tables ({where}), {self.needs}"
         return text + (f"; {format_size(self.host_bytes)} of page-locked host memory" if self.host_bytes else "")

@@ -47,7 +47,7 @@ class GpuTables:
         self.dim, self.table_rows, self.pooling, self.kernel = shape.dim, shape.table_rows, pooling, kernel
         self._device, self._memory = device, list[Any]()
         self._row_bytes = kernel.row_bytes(shape.dim)
-        self.hot_rows = sum(len(tier.hot) for tier in tiers)
+        self.hot_rows = sum(tier.hot_rows for tier in tiers)
         self.rows = sum(tier.rows for tier in tiers)
         self.gpu_bytes = sum(tier.gpu_bytes(self._row_bytes) for tier in tiers)
         self.host_bytes = sum(tier.host_bytes(self._row_bytes) for tier in tiers)
@@ -92,7 +92,7 @@ class GpuTables:
     def _put(self, piece: Piece, tier: Tier, stored: NDArray[np.uint8]) -> GpuTable:
         """The rows [rows, bytes] of one piece to where they belong."""
         rows = range(self.table_rows[piece.table]) if piece.rows is None else piece.rows
-        hot = self._upload(stored if tier.whole else stored[tier.hot]) if len(tier.hot) else 0
+        hot = self._upload(stored if tier.hot is None else stored[tier.hot]) if tier.hot_rows else 0
         slots = self._upload(tier.slots().view(np.uint8)) if tier.mapped else 0
         cold = 0
         if not tier.whole:
@@ -100,7 +100,7 @@ class GpuTables:
             on_host(memory, stored.nbytes, np.uint8)[:] = stored.reshape(-1)
             cold = memory.address
         return GpuTable(
-            piece.table, len(rows), hot, len(tier.hot), cold, slots, rows.start, self.table_rows[piece.table],
+            piece.table, len(rows), hot, tier.hot_rows, cold, slots, rows.start, self.table_rows[piece.table],
             mean=self.pooling == "mean" and piece.rows is None,
         )  # fmt: skip
 

@@ -23,30 +23,35 @@ SLOT_BYTES = 4
 
 @dataclass(frozen=True)
 class Tier:
-    """Of one table: its rows, and those of them that are hot, rising."""
+    """Of one table: its rows, and those of them that are hot, rising; None: all are."""
 
     rows: int
-    hot: Rows
+    hot: Rows | None
+
+    @property
+    def hot_rows(self) -> int:
+        """How many are hot."""
+        return self.rows if self.hot is None else len(self.hot)
 
     @property
     def whole(self) -> bool:
         """Whether all rows are hot."""
-        return len(self.hot) == self.rows
+        return self.hot_rows == self.rows
 
     @property
     def mapped(self) -> bool:
         """Whether it needs a map."""
-        return 0 < len(self.hot) < self.rows
+        return 0 < self.hot_rows < self.rows
 
     def slots(self) -> NDArray[np.int32]:
         """Where among the hot rows each row is, or -1."""
         found = np.full(self.rows, -1, np.int32)
-        found[self.hot] = np.arange(len(self.hot), dtype=np.int32)
+        found[slice(None) if self.hot is None else self.hot] = np.arange(self.hot_rows, dtype=np.int32)
         return found
 
     def gpu_bytes(self, row_bytes: int) -> int:
         """What it takes of GPU memory."""
-        return padded(len(self.hot) * row_bytes) + (padded(self.rows * SLOT_BYTES) if self.mapped else 0)
+        return padded(self.hot_rows * row_bytes) + (padded(self.rows * SLOT_BYTES) if self.mapped else 0)
 
     def host_bytes(self, row_bytes: int) -> int:
         """What it takes of page-locked host memory, where a table lies whole or not at all."""
@@ -65,7 +70,7 @@ def choose(rows: Sequence[int], row_bytes: int, budget: int, asked: Sequence[Row
     ties in the order of tables and rows; where there is room for more, the rows of the smallest tables.
     """
     if sum(padded(count * row_bytes) for count in rows) <= budget:
-        return [Tier(count, np.arange(count)) for count in rows]
+        return [Tier(count, None) for count in rows]
     room = max(0, budget - sum(padded(count * SLOT_BYTES) + ALIGNMENT for count in rows)) // row_bytes
     found = [np.unique(some, return_counts=True) for some in asked]
     tables = np.repeat(np.arange(len(rows)), [len(some) for some, _ in found])
@@ -77,8 +82,11 @@ def choose(rows: Sequence[int], row_bytes: int, budget: int, asked: Sequence[Row
     for table in sorted(range(len(rows)), key=lambda table: rows[table]):
         if room <= 0:
             break
-        # The first rows that are not hot yet: as many as there is room for are among the first `room` + hot ones.
-        cold = np.setdiff1d(np.arange(min(rows[table], room + len(hot[table]))), hot[table])[:room]
-        hot[table] = np.union1d(hot[table], cold)
-        room -= len(cold)
-    return [Tier(count, some.astype(np.int64)) for count, some in zip(rows, hot, strict=True)]
+        # The first rows that are not hot yet: as many as there is room for are among so many.
+        there = np.zeros(rows[table], bool)
+        there[hot[table]] = True
+        more = np.flatnonzero(~there[: room + len(hot[table])])[:room]
+        there[more] = True
+        hot[table] = np.flatnonzero(there)
+        room -= len(more)
+    return [Tier(count, some if len(some) < count else None) for count, some in zip(rows, hot, strict=True)]

@@ -24,19 +24,21 @@ def test_the_budget_is_kept_and_the_rows_that_are_asked_for_most_come_first(budg
     found = tiers.choose(ROWS, 64, budget, asked)
     assert sum(tier.gpu_bytes(64) for tier in found) <= budget
     often = [np.bincount(some, minlength=rows) for some, rows in zip(asked, ROWS, strict=True)]
-    hot = [often[t][tier.hot] for t, tier in enumerate(found)]
-    cold = [np.delete(often[t], tier.hot) for t, tier in enumerate(found)]
+    rows = [np.arange(tier.rows) if tier.hot is None else tier.hot for tier in found]
+    hot = [often[t][some] for t, some in enumerate(rows)]
+    cold = [np.delete(often[t], some) for t, some in enumerate(rows)]
     assert min(np.concatenate(hot), default=1 << 30) >= max(np.concatenate(cold), default=0)
-    for tier in found:
-        assert (np.diff(tier.hot) > 0).all()
+    for tier, some in zip(found, rows, strict=True):
+        assert (np.diff(some) > 0).all()
         slots = tier.slots()
-        assert (np.flatnonzero(slots >= 0) == tier.hot).all()
-        assert (slots[tier.hot] == np.arange(len(tier.hot))).all()
+        assert (np.flatnonzero(slots >= 0) == some).all()
+        assert (slots[some] == np.arange(tier.hot_rows)).all()
 
 
 def test_room_that_is_left_goes_to_the_smallest_tables() -> None:
     found = tiers.choose(ROWS, 64, 30_000, [np.array([7, 7, 900]), NOTHING[0], np.array([5])])
     assert found[1].whole
+    assert found[0].hot is not None
     assert {7, 900} <= set(found[0].hot.tolist())
     assert found[2].mapped or found[2].whole
-    assert sum(len(tier.hot) for tier in found) == (30_000 - 256 * 3 - 4096 - 256 - 1280) // 64
+    assert sum(tier.hot_rows for tier in found) == (30_000 - 256 * 3 - 4096 - 256 - 1280) // 64
