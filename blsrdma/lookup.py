@@ -10,10 +10,11 @@
 A rank asks the owners of the tables it needs, and nobody else waits for it: ranks need not make the same number of
 requests, nor at the same time. Others are answered apart from the rank's own loop, by a thread that needs no GIL.
 
-mode "put": requests and responses are put into windows (blsrdma.request_windows); the owner pools. mode "get": the
-tables lie in registered memory, and the requester reads the rows it needs by one-sided loads or gets and pools them
-itself; the owner's processor takes no part. Either way a bag is pooled wholly at one place by the same kernel, in index
-order: the bits are the same, and are those of torch.nn.functional.embedding_bag on float32.
+mode "put": requests and responses are put into windows (blsrdma.request_windows); the owner pools; its tables may lie
+in GPU memory, and are pooled there. mode "get": the tables lie in registered memory, and the requester reads the rows
+it needs by one-sided loads or gets and pools them itself; the owner's processor takes no part. Either way a bag is
+pooled wholly at one place by the same arithmetic, in index order: the bits are the same, and are those of
+torch.nn.functional.embedding_bag on float32.
 
 One thread at a time calls a Lookup and its handles. Waits release the GIL.
 """
@@ -23,6 +24,7 @@ from __future__ import annotations
 import atexit
 import logging
 import os
+import time
 import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -66,6 +68,7 @@ log = logging.getLogger("blsrdma")
 
 _CLOSED, _ERRED, _BEREAVED = 1, 2, 3  # as in native/layout.h
 MOST_VERSIONS = 1 << 62
+PARTING_SECONDS = 0.2  # for a GPU to be found at rest, beyond close_timeout
 
 _open: weakref.WeakSet[Lookup] = weakref.WeakSet()
 _quarantine: list[Any] = []  # what a peer may still write into: kept until the process ends
@@ -77,7 +80,8 @@ class Lookup:
     Parameters:
         tables: the tables that this rank owns, by number: float32 or float16 matrices [rows, dim], or `Rows`. They are
             used where they lie in put mode, and must not change; in get mode they are copied into registered memory.
-            load_tables() replaces them.
+            load_tables() replaces them. In put mode some or all may be in the memory of one GPU: CUDA tensors, or
+            whatever has __cuda_array_interface__. Then `timeout` is also how long that GPU may take for a request.
         store, rank, world_size, name: as for an Exchange; a Lookup and an Exchange of one name must not share a store.
         version: of these tables; the same on every rank. See load_tables.
         lag: asks of this rank that may be incomplete at a time, less one.
@@ -86,7 +90,8 @@ class Lookup:
             blsrdma.settings.
 
     Raises, on every rank well before the deadline: SettingsError for bad values, or a table with two owners;
-    MemoryLimitExceeded before anything is allocated; SettingsMismatch; RendezvousError.
+    MemoryLimitExceeded before anything is allocated; SettingsMismatch; RendezvousError; for tables in GPU memory
+    CompileError and GpuError.
     """
 
     def __init__(
@@ -135,10 +140,14 @@ class Lookup:
             if places:
                 self._arenas.append(self._fabric.allocate(own.arena_bytes(places)))
             own.open(self._arenas[2] if places else None)
+            if own.gpu is not None:
+                widest = max(facts.dim for facts in own.facts)
+                own.gpu.open(self.settings.request_bytes, self.settings.response_bytes, widest, common.timeout)
+                own.settle(common.timeout)
         except BaseException as error:
             rendezvous.report(error)
             raise
-        mine = [{"table": t.table, "rows": t.rows, "dim": t.dim, "format": t.format, "offset": t.offset}
+        mine = [{"table": t.table, "rows": t.rows, "dim": t.dim, "format": t.format, "offset": t.offset, "gpu": t.gpu}
                 for t in own.facts]  # fmt: skip
         blob = whoami(self._fabric) | {"tables": mine, "arenas": [arena_facts(each) for each in self._arenas]}
         met = rendezvous.meet(self.settings.agreed() | {"version": version}, flat(blob))
@@ -155,9 +164,10 @@ class Lookup:
         if self.settings.mode == "auto" and self.settings.serve == "thread":
             self._choose()
         log.info(
-            "lookup %r: rank %d of %d, lag %d, mode %s, %d tables, %d of them here: %s registered; kernel %s",
+            "lookup %r: rank %d of %d, lag %d, mode %s, %d tables, %d of them here%s: %s registered; kernel %s",
             name, rank, world_size, self.lag, self.settings.mode, len(self.tables), len(own.facts),
-            format_size(self.memory_bytes), native.pool_instructions(),
+            f" ({len(own.gpu.numbers)} on GPU {own.gpu.device})" if own.gpu else "", format_size(self.memory_bytes),
+            native.pool_instructions(),
         )  # fmt: skip
 
     # --- what it is
@@ -198,7 +208,8 @@ class Lookup:
             timeout: seconds, for the lag bound.
 
         Waits only while lag + 1 asks are incomplete. Nothing has been asked when it raises: BagsError naming table,
-        position and value; PeerTimeout. A failed owner is told by the handle's wait().
+        position and value; PeerTimeout. A failed owner is told by the handle's wait(), and so is a GPU that fails to
+        pool this rank's own tables (GpuError).
         """
         self._usable()
         result: Any = out
@@ -252,9 +263,10 @@ class Lookup:
         which must not change until then; in get and auto mode rows are copied, into memory that the setting `updates`
         provides for.
 
-        Waits only while the version before the present one is still in use. Raises VersionError, also where another
-        owner has loaded another version; PeerTimeout naming the ranks that need the old one. A rank without tables need
-        not call.
+        Waits only while the version before the present one is still in use; and for what writes rows in GPU memory, on
+        the stream that their library names. A table stays in CPU memory, or on its GPU. Raises VersionError, also where
+        another owner has loaded another version; PeerTimeout naming the ranks that need the old one; GpuError where
+        that GPU has failed. A rank without tables need not call.
         """
         self._usable()
         rows = self._own.alike(tables, self.rank)
@@ -265,6 +277,7 @@ class Lookup:
             raise VersionError(f"version {version} cannot follow version {newest}: versions rise, up to 2^62 - 1")
         if self.settings.mode != "put" and not self.settings.updates:
             raise VersionError(f"mode {self.settings.mode} has no room for another version: set updates")
+        self._own.settle(self.settings.common.timeout if timeout is None else timeout)
         outcome, place = self._core.make_room(version, self._ns(timeout))
         if outcome:
             raise version_error(self._error(outcome), self._core, self.name, version, self._state)
@@ -294,6 +307,7 @@ class Lookup:
         - asked of it: requests, request_bytes, response_bytes, bags, rows, wait_ns (of waits in which it was missing),
           degraded (bags that were answered with the default row); and with fetch "rows": rows fetched, and not fetched
           because they were kept, cached or repeated;
+        - gpu_tables: how many of its tables lie in its GPU's memory;
         - read: bags that were read there; chosen, in mode auto: what is done, in words, for which of its tables;
         - served to it: requests, bags, rows, refused, busy_ns.
         """
@@ -308,6 +322,7 @@ class Lookup:
                 {"rank": q, "path": path, "transport": self._transport(q, path),
                  "asked": dict(zip(asked, self._core.stats(q), strict=True)),
                  "served": dict(zip(served, self._core.served(q), strict=True)),
+                 "gpu_tables": sum(facts.gpu for facts in self._tables if facts.owner == q),
                  "chosen": {str(each): list(each.tables) for each in self._choices if each.owner == q}}
             )  # fmt: skip
         return {
@@ -334,7 +349,13 @@ class Lookup:
         elif error is not None:
             code, text = _ERRED, f"{type(error).__name__}: {error}"
         short = text.encode()[: native.FAREWELL_TEXT_BYTES].decode(errors="ignore")
-        if not self._core.close(code, blamed, short, timeout_ns(self.settings.common.close_timeout)):
+        end = time.monotonic() + self.settings.common.close_timeout
+        quiet = self._core.close(code, blamed, short, timeout_ns(self.settings.common.close_timeout))
+        if self._own.gpu is not None and not self._own.gpu.close(max(PARTING_SECONDS, end - time.monotonic())):
+            log.info("lookup %r: GPU %d still has work on its tables, or has failed; they are kept", self.name,
+                     self._own.gpu.device)  # fmt: skip
+            _quarantine.append(self._own)
+        if not quiet:
             log.info("lookup %r: peers had not closed after %g s; its windows are kept", self.name,
                      self.settings.common.close_timeout)  # fmt: skip
             _quarantine.append((self._core, self._arenas, self._fabric, self._own))

@@ -8,6 +8,7 @@ from blsrdma.errors import (
     BagsError,
     BlsrdmaError,
     ConcurrentUse,
+    GpuError,
     LookupRefused,
     PeerFailed,
     PeerLeft,
@@ -67,6 +68,9 @@ def lookup_error(
         return LookupRefused(
             f"{where}: rank {peer} refused it: {what}", peer, table, value if fault == _INDEX else None
         )
+    if kind == _Outcome.GPU_FAILED:
+        result = theirs - (1 << 64) if theirs >> 63 else theirs
+        return GpuError(f"{where}: this rank's GPU did not pool its own tables: {text}", result)
     if kind == _Outcome.VERSION_MISMATCH:
         return VersionError(f"lookup {name!r}: rank {peer} has loaded version {theirs}, where this rank loads {number}")
     where += f": rank {peer}"
@@ -86,7 +90,7 @@ def version_error(
     if not isinstance(error, PeerTimeout):
         return error
     states = {q: state(q) for q in core.behind()}
-    each = "; ".join(f"rank {q} ({how})" for q, how in states.items())
+    each = "; ".join(f"rank {q} ({how})" for q, how in states.items()) or "this rank's server, which waits for its GPU"
     return PeerTimeout(
         f"lookup {name!r}: version {version} cannot be loaded yet; not gone over to version {core.loaded}: {each}",
         version, dict.fromkeys(states, 0), states,

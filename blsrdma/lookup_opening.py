@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from blsrdma import hosts, request_windows
 from blsrdma.errors import BlsrdmaError, MemoryLimitExceeded, ReadsUnavailable, SettingsError
+from blsrdma.gpu.tables import staging_bytes
 from blsrdma.lookup_tables import FORMATS, directory
 from blsrdma.peers import Neighbours
 from blsrdma.settings import default_memory_limit, format_size, timeout_ns
@@ -36,6 +37,16 @@ def refuse_what_cannot_be(
         raise SettingsError(
             f"request_bytes = {settings.request_bytes}: must be at least {request_windows.LEAST_REQUEST_BYTES}"
         )
+    if own.gpu is not None and settings.mode != "put":
+        raise SettingsError(
+            f"mode = {settings.mode}: table {own.gpu.numbers[0]} is in GPU memory, which is served in mode put only; "
+            "blsrdma.gpu.lookup.GpuLookup reads tables out of the GPU memory of a host's ranks"
+        )
+    if own.gpu is not None and settings.serve == "inline":
+        raise SettingsError(
+            f"serve = inline: table {own.gpu.numbers[0]} is in GPU memory, and calls of this rank would wait for its "
+            "GPU on behalf of others: use serve thread"
+        )
     widest = max((facts.dim for facts in own.facts), default=0)
     if settings.response_bytes < 4 * widest:
         raise SettingsError(f"response_bytes = {settings.response_bytes}: must hold one pooled row, {4 * widest} bytes")
@@ -44,12 +55,14 @@ def refuse_what_cannot_be(
         limit = default_memory_limit(int(os.environ.get("LOCAL_WORLD_SIZE", ranks)))
     windows = [each.arena_bytes for each in geometry]
     rows = own.arena_bytes(places) if places else 0
-    if sum(windows) + rows > limit:
+    staged = staging_bytes(settings.request_bytes, settings.response_bytes, widest) if own.gpu is not None else 0
+    if (needed := sum(windows) + rows + staged) > limit:
         versions = " in two versions" if places > 1 else ""
+        locked = f", {format_size(staged)} page-locked for a GPU" if staged else ""
         raise MemoryLimitExceeded(
-            f"lookups need {format_size(sum(windows) + rows)} per rank ({format_size(windows[0])} of request "
+            f"lookups need {format_size(needed)} per rank ({format_size(windows[0])} of request "
             f"windows, {format_size(windows[1])} of response windows, {format_size(rows)} of registered tables"
-            f"{versions}); memory_limit is {format_size(limit)}"
+            f"{versions}{locked}); memory_limit is {format_size(limit)}"
         )
 
 
@@ -124,7 +137,7 @@ def _make_core(
     ]
     # Whoever spins takes a core from somebody who works, unless there are enough for a loop and a server of each.
     free = 2 * here <= hosts.cores()
-    return native.Lookup(
+    core = native.Lookup(
         fabric.native, arenas[0], arenas[1], arenas[2] if len(arenas) > 2 else None, described,
         (_native(geometry[0]), _native(geometry[1])), rank, common.lag, epoch, (version, settings.updates),
         common.direct, common.checksum, settings.mode != "put",
@@ -132,6 +145,11 @@ def _make_core(
         settings.on_peer_failure == "degrade", settings.default_row, settings.serve_share,
         timeout_ns(common.keepalive), (2000 if free else 0, 1000 if free else 20), (2000 if free else 0, 2),
     )  # fmt: skip
+    if own.gpu is not None:
+        there = [number for number, facts in enumerate(tables) if facts.owner == rank and facts.gpu]
+        serving, asking = own.gpu.poolers
+        core.use(serving, asking, there)
+    return core
 
 
 def _native(geometry: WindowGeometry) -> native.Geometry:

@@ -1,8 +1,8 @@
 """The tables that a rank owns, in up to two versions: where their rows lie, and what keeps them there.
 
-In put mode rows are used where the caller has them. Where others may read them they are copied into an arena, which
-begins with the owner's token and a line that says which version lies in each of its places (native/versions.h); the
-first place follows, and with the setting `updates` a second one of the same size.
+In put mode rows are used where the caller has them, in GPU memory too (blsrdma.gpu.tables). Where others may read them
+they are copied into an arena, which begins with the owner's token and a line that says which version lies in each of
+its places (native/versions.h); the first place follows, and with the setting `updates` a second one of the same size.
 """
 
 from __future__ import annotations
@@ -13,30 +13,35 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from blsrdma.errors import SettingsError, VersionError
-from blsrdma.lookup_tables import address, describe
+from blsrdma.gpu.tables import GpuTables, gpu_rows
+from blsrdma.lookup_tables import Rows, address, describe
 from blsrdma.windows import LINE_BYTES, round_up
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from blsrdma.lookup_tables import Array, Rows, TableFacts
+    from blsrdma.gpu.tables import GpuRows
+    from blsrdma.lookup_tables import Array, Matrix, TableFacts
     from blsrdma.ucx import native
 
 _HEAD_BYTES = 2 * LINE_BYTES
 
 
 class OwnTables:
-    """`facts`: of each of the rank's own tables, in the order of their numbers. Raises SettingsError."""
+    """`facts`: of each of the rank's own tables, in the order of their numbers. `gpu`: those in GPU memory, if any.
+    Raises SettingsError."""
 
     def __init__(self, tables: Mapping[int, Rows | Array], rank: int) -> None:
         self.facts: list[TableFacts] = []
-        self._first = []
+        self._first: list[Matrix] = []
         self._end = _HEAD_BYTES
+        self._on_gpu: dict[int, GpuRows] = {}  # not known yet to be complete
         for table, rows in sorted(tables.items()):
-            facts, data = describe(table, rank, rows)
+            facts, data = self._describe(table, rank, rows)
             self.facts.append(replace(facts, offset=self._end))
             self._first.append(data)
             self._end += round_up(facts.nbytes, LINE_BYTES)
+        self.gpu = GpuTables(self._on_gpu) if self._on_gpu else None
         self._arena: native.Arena | None = None
         self._kept: list[dict[int, tuple[int, object]]] = [{}, {}]  # of each place: addresses, and what lies there
 
@@ -50,7 +55,7 @@ class OwnTables:
         self.store(0, self._first)
         self._first = []
 
-    def store(self, place: int, rows: list[Array]) -> None:
+    def store(self, place: int, rows: list[Matrix]) -> None:
         """Put rows into a place: copied into the arena, or where they are."""
         self._kept[place] = {}
         memory = None if self._arena is None else self._arena.array()
@@ -71,9 +76,13 @@ class OwnTables:
         """Of a table's rows; 0 for one that is another rank's."""
         return self._kept[place].get(table, (0, None))[0]
 
-    def alike(self, tables: Mapping[int, Rows | Array], rank: int) -> list[Array]:
-        """The rows of another version, in the order of `facts`. Raises VersionError unless they are the same tables."""
+    def alike(self, tables: Mapping[int, Rows | Array], rank: int) -> list[Matrix]:
+        """The rows of another version, in the order of `facts`. Raises VersionError unless they are the same tables;
+        GpuError where a GPU has failed."""
+        if self.gpu is not None and (failed := self.gpu.failure()):
+            raise failed
         wanted = {facts.table: facts for facts in self.facts}
+        self._on_gpu = {}
         if tables.keys() != wanted.keys():
             raise VersionError(
                 f"a version of the tables {sorted(tables)}: this rank owns {sorted(wanted)}, and needs all of them"
@@ -81,13 +90,32 @@ class OwnTables:
         rows = []
         for table, facts in wanted.items():
             try:
-                found, data = describe(table, rank, tables[table])
+                found, data = self._describe(table, rank, tables[table])
             except SettingsError as error:
                 raise VersionError(str(error)) from None
             if replace(found, offset=facts.offset) != facts:
                 raise VersionError(
-                    f"table {table}: {found.rows} x {found.dim} {found.format} rows, where its first version has "
-                    f"{facts.rows} x {facts.dim} {facts.format}"
+                    f"table {table}: {found.rows} x {found.dim} {found.format} rows{_where(found)}, where its first "
+                    f"version has {facts.rows} x {facts.dim} {facts.format}{_where(facts)}"
                 )
             rows.append(data)
+        if self.gpu is not None and any(each.device not in (None, self.gpu.device) for each in self._on_gpu.values()):
+            raise VersionError(f"tables {self.gpu.numbers} are on GPU {self.gpu.device}, and have to stay on it")
         return rows
+
+    def settle(self, timeout: float) -> None:
+        """Wait until rows in GPU memory that were described are complete. Raises GpuError."""
+        if self.gpu is not None:
+            self.gpu.settle(list(self._on_gpu.values()), timeout)
+        self._on_gpu = {}
+
+    def _describe(self, table: int, rank: int, rows: Rows | Array) -> tuple[TableFacts, Matrix]:
+        given = rows if isinstance(rows, Rows) else Rows(rows)
+        if found := gpu_rows(table, given.data):
+            self._on_gpu[table] = found
+            given = replace(given, data=found.array)
+        return describe(table, rank, given)
+
+
+def _where(facts: TableFacts) -> str:
+    return " on a GPU" if facts.gpu else ""

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from blsrdma.errors import BagsError, SettingsError
+from blsrdma.gpu.arrays import GpuArray
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     import torch
 
     Array: TypeAlias = NDArray[Any] | torch.Tensor
+    Matrix: TypeAlias = Array | GpuArray
 
 RowFormat = Literal["fp32", "fp16", "int8", "int4"]
 FORMATS: tuple[RowFormat, ...] = ("fp32", "fp16", "int8", "int4")  # numbered as in native/pool.h
@@ -30,7 +32,9 @@ def row_bytes(format_: RowFormat, dim: int) -> int:
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of one table: `data`, a C-contiguous array or CPU tensor [rows, width].
+    """The rows of one table: `data`, a C-contiguous array or tensor [rows, width].
+
+    It may lie in GPU memory: a CUDA tensor of torch, or anything with __cuda_array_interface__. See Lookup.
 
     float32 and float16 rows say by themselves what they are. Quantised rows are uint8, as torch stores them, and need
     `format` and `dim`: int8, `dim` elements and a float32 scale and bias (as of
@@ -38,7 +42,7 @@ class Rows:
     embedding_bag_4bit_prepack).
     """
 
-    data: Array
+    data: Matrix
     format: RowFormat | None = None
     dim: int | None = None
 
@@ -53,6 +57,7 @@ class TableFacts:
     dim: int
     format: RowFormat
     offset: int = 0  # of its rows in the owner's arena of tables, in get mode
+    gpu: bool = False  # its rows lie in its owner's GPU memory
 
     @property
     def row_bytes(self) -> int:
@@ -79,7 +84,7 @@ class Bags:
     weights: Array | None = None
 
 
-def describe(table: int, owner: int, rows: Rows | Array) -> tuple[TableFacts, Array]:
+def describe(table: int, owner: int, rows: Rows | Array) -> tuple[TableFacts, Matrix]:
     """A rank's own table. Raises SettingsError for one that cannot be served."""
     given = rows if isinstance(rows, Rows) else Rows(rows)
     data = given.data
@@ -103,7 +108,7 @@ def describe(table: int, owner: int, rows: Rows | Array) -> tuple[TableFacts, Ar
     width = row_bytes(format_, dim) // {"float32": 4, "float16": 2, "uint8": 1}[wanted]
     if data.shape[1] != width:
         raise SettingsError(f"{where}: {format_} rows of dim {dim} have {width} elements, not {data.shape[1]}")
-    return TableFacts(table, owner, int(data.shape[0]), dim, format_), data
+    return TableFacts(table, owner, int(data.shape[0]), dim, format_, gpu=isinstance(data, GpuArray)), data
 
 
 def directory(of_ranks: Sequence[Sequence[Mapping[str, Any]]]) -> list[TableFacts]:
@@ -123,11 +128,13 @@ def hot_rows(sample: Array, count: int) -> NDArray[np.int64]:
     return np.asarray(numbers[np.argsort(-times, kind="stable")[:count]], np.int64)
 
 
-def address(data: Array) -> int:
+def address(data: Matrix) -> int:
     """Where an array or tensor lies in memory."""
     if isinstance(data, np.ndarray):
         found: int = data.__array_interface__["data"][0]
         return found
+    if isinstance(data, GpuArray):
+        return data.address
     return data.data_ptr()
 
 
@@ -154,7 +161,9 @@ def is_tensor(data: object) -> bool:
     return torch is not None and isinstance(data, torch.Tensor)
 
 
-def _contiguous(data: Array) -> bool:
+def _contiguous(data: Matrix) -> bool:
+    if isinstance(data, GpuArray):
+        return True
     if isinstance(data, np.ndarray):
         return bool(data.flags.c_contiguous)
     return data.device.type == "cpu" and data.is_contiguous()

@@ -5,5 +5,6 @@
 - `exchange`: the bounded-lag all-to-all on windows in GPU memory, `blsrdma.GpuExchange`
 - `look`: what `python -m blsrdma info` tells of them
 - `compiler`, `pooling`: kernels, compiled when they are first used
+- `tables`: a `blsrdma.Lookup`'s tables in GPU memory, pooled there by their owner
 - `lookup`: tables in the GPU memory of several ranks, `blsrdma.gpu.lookup.GpuLookup`
 """

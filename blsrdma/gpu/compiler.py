@@ -57,6 +57,16 @@ class Compiled:
         return found
 
 
+def text_of(source: Path) -> str:
+    """A .cu file's text, with those of the files beside it that it includes in place of their names."""
+
+    def included(match: re.Match[str]) -> str:
+        line = source.read_text()[: match.end()].count("\n") + 1
+        return f'#line 1 "{match[1]}"\n{source.with_name(match[1]).read_text()}\n#line {line + 1} "{source.name}"'
+
+    return re.sub(r'^#include "([\w.]+)"$', included, source.read_text(), flags=re.MULTILINE)
+
+
 def nvrtc(source: Path, defines: Mapping[str, str | int], capability: Capability) -> Compiled:
     """Compile a .cu file with macros for a device. Raises CompileError, with the compiler's log."""
     try:
@@ -77,7 +87,7 @@ def nvrtc(source: Path, defines: Mapping[str, str | int], capability: Capability
     else:
         raise CompileError(f"{source.name}: this NVRTC does not compile for compute capability {capability}", "")
     options = [f"--gpu-architecture={target}", *OPTIONS, *(f"-D{name}={value}" for name, value in defines.items())]
-    program = _call(library, library.nvrtcCreateProgram, source.read_bytes(), source.name.encode(), 0, [], [])
+    program = _call(library, library.nvrtcCreateProgram, text_of(source).encode(), source.name.encode(), 0, [], [])
     try:
         (status,) = library.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
         log = _text(library, library.nvrtcGetProgramLogSize, library.nvrtcGetProgramLog, program).rstrip(b"\0\n")
@@ -97,7 +107,7 @@ _compiled: dict[tuple[object, ...], Compiled] = {}
 
 def compiled(source: Path, defines: Mapping[str, str | int], capability: Capability) -> Compiled:
     """`build`'s, once for each source, macros and capability. Raises CompileError."""
-    key = (build, source, source.read_bytes(), tuple(sorted(defines.items())), capability)
+    key = (build, source, text_of(source), tuple(sorted(defines.items())), capability)
     with _lock:
         if key not in _compiled:
             _compiled[key] = build(source, defines, capability)

@@ -9,7 +9,8 @@ CUDA IPC, and pools them itself, in index order. Owners take no part; nobody wai
 torch.nn.functional.embedding_bag on the CPU.
 
 Rows cross from GPU to GPU as often as they are looked up; GpuExchange sends pooled vectors, less of them where bags
-have many rows, and reaches other hosts. Mode put, and tables that are replaced while they are in use, are not here.
+have many rows, and reaches other hosts. Mode put, and tables that are replaced while they are in use, are not here:
+blsrdma.Lookup, in mode put, takes tables in GPU memory.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ if TYPE_CHECKING:
 
     from blsrdma.gpu.device import Stream
     from blsrdma.gpu.pooling import GpuBags
-    from blsrdma.lookup_tables import Array, Rows
+    from blsrdma.lookup_tables import Array, Matrix, Rows
     from blsrdma.ucx import native
 
 log = logging.getLogger("blsrdma")
@@ -229,7 +230,7 @@ class GpuLookup:
 
     def _upload(self, tables: Mapping[int, Rows | Array]) -> list[TableFacts]:
         """Copy this rank's tables to its GPU, one after another."""
-        found: list[tuple[TableFacts, Array]] = []
+        found: list[tuple[TableFacts, Matrix]] = []
         end = 0
         for table, rows in sorted(tables.items()):
             facts, data = describe(table, self.rank, rows)

@@ -26,6 +26,7 @@ enum class Outcome : int {
   bad_bags,        // of a lookup: bags that cannot be looked up; see Fault
   refused,         // of a lookup: rank, an owner, says that of bags that this rank has not found bad
   version_mismatch,  // of a lookup: rank, an owner, has loaded version a of its tables, this rank another one
+  gpu_failed,        // of a lookup: this rank's GPU has, pooling its own tables; text: how, a: the driver's code
 };
 
 struct Details {

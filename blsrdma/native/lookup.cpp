@@ -119,6 +119,16 @@ Lookup::~Lookup() {
   server_.release();
 }
 
+void Lookup::use(std::shared_ptr<GpuPooler> serving, std::shared_ptr<GpuPooler> own, const std::vector<std::uint32_t>& tables) {
+  serving_gpu_ = std::move(serving);
+  own_gpu_ = std::move(own);
+  server_->use(serving_gpu_.get());
+  scratch_.gpu = own_gpu_.get();
+  for (std::uint32_t place = 0; place < TableSets::kPlaces; ++place) {
+    for (const std::uint32_t each : tables) tables_.at(place).at(each).on_gpu = true;
+  }
+}
+
 void Lookup::connect(const std::vector<Peer>& peers, std::vector<int> pidfds, std::uint64_t deadline_ns) {
   liveness_ = std::make_unique<Liveness>(
       server_->inbox(), config_.rank, std::move(pidfds), config_.keepalive_ns,

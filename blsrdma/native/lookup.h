@@ -103,6 +103,9 @@ class Lookup {
   Lookup(const Lookup&) = delete;
   Lookup& operator=(const Lookup&) = delete;
 
+  // This rank's tables with these numbers lie in GPU memory: who pools them for others, and for its own asks. Before connect().
+  void use(std::shared_ptr<GpuPooler> serving, std::shared_ptr<GpuPooler> own, const std::vector<std::uint32_t>& tables);
+
   // As Exchange::connect; then the serving thread is at work.
   void connect(const std::vector<Peer>& peers, std::vector<int> pidfds, std::uint64_t deadline_ns);
 
@@ -235,6 +238,8 @@ class Lookup {
   void write(std::uint32_t owner, PeerState& peer);
   void retire(std::uint32_t owner, PeerState& peer);
   void give_up(std::uint32_t owner, const Part& part, Ask& ask);
+  void fill_in(std::uint32_t owner, const Part& part);
+  void refused(std::uint32_t owner, Job& job, const Fault& fault);
   void lose(std::uint32_t owner, Outcome outcome, const std::string& text);
   void find_failures();
   Outcome until(const std::function<bool()>& done, std::uint64_t deadline_ns);
@@ -268,6 +273,7 @@ class Lookup {
   std::map<std::uint64_t, std::unique_ptr<Ask>> asks_;
   std::vector<std::unique_ptr<Ask>> spare_;
   Scratch scratch_;
+  std::shared_ptr<GpuPooler> serving_gpu_, own_gpu_;
   std::uint64_t next_ = 0;
   std::uint32_t place_ = 0;        // of the version that is asked for
   std::uint64_t version_ = 0;      // which one that is

@@ -115,6 +115,10 @@ Outcome Lookup::ask(const std::vector<Part>& parts, std::uint64_t deadline_ns, s
       read_apart(*part, ask);
     }
   }
+  if (own_gpu_ && own_gpu_->pending() && !own_gpu_->run() && ask.outcome == Outcome::ok) {
+    ask.outcome = Outcome::gpu_failed;
+    ask.details = {config_.rank, number, static_cast<std::uint64_t>(own_gpu_->result()), 0, own_gpu_->text()};
+  }
   for (const Part* part : ask.here) {
     const std::uint32_t owner = tables()[part->table].owner;
     if (!peers_[owner].mapped || VersionWord(peers_[owner].mapped, place_).still(version_)) continue;

@@ -26,17 +26,38 @@ void Lookup::broken(std::uint32_t peer, std::string why) {
   response_bell_->stirred();
 }
 
+void Lookup::fill_in(std::uint32_t owner, const Part& part) {
+  for (std::uint64_t b = 0; b < part.bags; ++b) {
+    std::fill_n(part.out + b * part.stride, tables()[part.table].dim, config_.instead);
+  }
+  stats_[owner].degraded += part.bags;
+}
+
 // Bags of an owner that has failed: the ask fails, or they get default rows.
 void Lookup::give_up(std::uint32_t owner, const Part& part, Ask& ask) {
   if (config_.degrade) {
-    for (std::uint64_t b = 0; b < part.bags; ++b) {
-      std::fill_n(part.out + b * part.stride, tables()[part.table].dim, config_.instead);
-    }
-    stats_[owner].degraded += part.bags;
+    fill_in(owner, part);
   } else if (ask.outcome == Outcome::ok) {
     ask.outcome = peers_[owner].failure->outcome();
     ask.details = {owner, ask.number, 0, 0, peers_[owner].failure->text()};
   }
+}
+
+// An owner's word that it will not answer, or that it cannot: then it is an owner that has failed, but it may go on asking.
+void Lookup::refused(std::uint32_t owner, Job& job, const Fault& fault) {
+  Ask& ask = *job.ask;
+  const bool able = fault.kind != Fault::device;
+  if (!able && config_.degrade && !job.parts.empty()) {
+    for (const Part* part : job.parts) fill_in(owner, *part);
+    return;
+  }
+  if (ask.outcome != Outcome::ok) return;
+  ask.outcome = able ? Outcome::refused : Outcome::peer_erred;
+  ask.fault = fault;
+  ask.details = {owner, job.number, 0, 0, ""};
+  if (able) return;
+  ask.details.text = fault.value < 0 ? "its GPU has not pooled its rows within " + std::to_string(fault.limit) + " ms"
+                                     : "its GPU has failed, with CUDA's error " + std::to_string(fault.value);
 }
 
 // Everything that is still wanted of an owner, now and later, fails; or gets default rows.
@@ -125,11 +146,9 @@ void Lookup::consume(std::uint32_t owner, PeerState& peer) {
     wrong = "its response does not match its checksum";
   }
   if (wrong.empty() && header.tag == kRefused && header.length == sizeof(Fault)) {
-    if (job.ask->outcome == Outcome::ok) {
-      job.ask->outcome = Outcome::refused;
-      std::memcpy(&job.ask->fault, from, sizeof(Fault));
-      job.ask->details = {owner, job.number, 0, 0, ""};
-    }
+    Fault fault;
+    std::memcpy(&fault, from, sizeof fault);
+    if (!job.failed) refused(owner, job, fault);
     job.failed = true;  // the rest of it is not asked for
   } else if (wrong.empty() && (header.kind != Header::kInline || header.tag != kRows || header.length != expected)) {
     wrong = "its response has " + std::to_string(header.length) + " bytes and tag " + std::to_string(header.tag) +

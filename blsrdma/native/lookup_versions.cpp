@@ -106,7 +106,7 @@ Outcome Lookup::make_room(std::uint64_t version, std::uint64_t deadline_ns, std:
   }
   if (outcome != Outcome::ok) return outcome;
   place = 1 - place_;
-  tables_.clear(place);
+  if (!tables_.clear(place, deadline_ns)) return fail(Outcome::timeout, config_.rank);
   if (tables_arena_) VersionWord(tables_arena_->data(), place).clear();
   return Outcome::ok;
 }
@@ -136,8 +136,10 @@ bool Lookup::retire_version() {
   if (!turn) return false;
   move_on();
   if (!behind().empty()) return false;
-  tables_.clear(1 - place_);
-  return true;
+  for (const auto& each : {serving_gpu_, own_gpu_}) {
+    if (each && each->failed()) return false;  // it may still be reading there, at any time
+  }
+  return tables_.clear(1 - place_, serving_gpu_ ? now_ns() : kNever);
 }
 
 }  // namespace blsrdma

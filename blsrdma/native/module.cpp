@@ -112,6 +112,7 @@ NB_MODULE(_native, m) {
       .value("CONCURRENT", Outcome::concurrent)
       .value("BAD_BAGS", Outcome::bad_bags)
       .value("VERSION_MISMATCH", Outcome::version_mismatch)
+      .value("GPU_FAILED", Outcome::gpu_failed)
       .value("REFUSED", Outcome::refused);
 
   nb::class_<Fabric>(m, "Fabric")

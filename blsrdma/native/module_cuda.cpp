@@ -12,6 +12,7 @@
 
 #include "calls.h"
 #include "gpu_exchange.h"
+#include "gpu_pooler.h"
 
 namespace blsrdma {
 
@@ -170,6 +171,8 @@ void launch(const Function& function, const Grid& grid, const Grid& block, unsig
                      stream_of(stream), pointers, nullptr), "cuLaunchKernel");
 }
 
+std::uint64_t nanoseconds(std::int64_t timeout_ns) { return timeout_ns < 0 ? kNever : static_cast<std::uint64_t>(timeout_ns); }
+
 int waited(Outcome outcome) {
   if (outcome == Outcome::interrupted) throw nb::python_error();  // it is set already
   return static_cast<int>(outcome);
@@ -281,6 +284,26 @@ void bind_device(nb::module_& m) {
            "which"_a);
 }
 
+void bind_pooler(nb::module_& m) {
+  nb::class_<GpuPooler>(m, "GpuPooler")
+      .def("__init__",
+           [](GpuPooler* self, std::shared_ptr<cuda::Device> device, const nb::bytes& image, std::uint64_t request_bytes,
+              std::uint64_t response_bytes, std::uint32_t dim, std::int64_t patience_ns) {
+             new (self) GpuPooler(std::move(device), std::string(image.c_str(), image.size()),
+                                  {request_bytes, response_bytes, dim, nanoseconds(patience_ns)});
+           },
+           "device"_a, "image"_a, "request_bytes"_a, "response_bytes"_a, "dim"_a, "patience_ns"_a)
+      .def_prop_rw("patience_ns", &GpuPooler::patience_ns,
+                   [](GpuPooler& self, std::int64_t timeout_ns) { self.set_patience_ns(nanoseconds(timeout_ns)); })
+      .def_prop_ro("size", &GpuPooler::bytes)
+      .def("failure", [](const GpuPooler& self) {
+             return self.failed() ? std::pair(self.result(), self.text()) : std::pair(0, std::string());
+           },
+           "The driver's code and words; no words: it has not failed.")
+      .def("close", [](GpuPooler& self, std::int64_t timeout_ns) { return self.close(deadline(timeout_ns)); }, "timeout_ns"_a,
+           Released(), "False: the GPU still uses its memory, which is kept.");
+}
+
 void bind_exchange(nb::module_& m) {
   nb::class_<GpuExchange>(m, "GpuExchange")
       .def("__init__",
@@ -362,6 +385,7 @@ void bind_cuda(nb::module_& parent) {
         },
         "address"_a, "The device that memory is on; -1: none.");
   bind_device(m);
+  bind_pooler(m);
   bind_exchange(m);
 }
 

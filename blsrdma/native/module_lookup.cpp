@@ -155,15 +155,18 @@ std::vector<std::pair<nb::bytes, std::uint64_t>> queries_of(const std::vector<Ta
 }
 
 // What rank `self` answers to requests of one client, one after another: (kind of fault, rows as bytes) of each. Both
-// lie in blocks of just their size, so that a sanitizer sees whoever leaves them.
+// lie in blocks of just their size, so that a sanitizer sees whoever leaves them. `gpu`: its tables are there.
 std::vector<std::pair<std::uint32_t, nb::bytes>> answers_to(const std::vector<TableTuple>& tables, std::uint32_t self,
-                                                            const std::vector<nb::bytes>& requests, std::uint64_t room) {
-  const std::vector<Table> all = tables_of(tables);
+                                                            const std::vector<nb::bytes>& requests, std::uint64_t room,
+                                                          GpuPooler* gpu) {
+  std::vector<Table> all = tables_of(tables);
   Carry carry;
   Scratch scratch;
+  scratch.gpu = gpu;
+  for (Table& each : all) each.on_gpu = gpu != nullptr;
   std::vector<std::pair<std::uint32_t, nb::bytes>> answers;
   for (const nb::bytes& each : requests) {
-    const std::unique_ptr<std::byte[]> request(new std::byte[each.size()]), reply(new std::byte[room]);
+    const std::unique_ptr<std::byte[]> request(new std::byte[each.size()]), reply(new std::byte[room]());
     std::memcpy(request.get(), each.c_str(), each.size());
     const Answer answer = answer_query(request.get(), each.size(), all, self, carry, reply.get(), room, scratch);
     answers.emplace_back(answer.fault.kind, nb::bytes(reply.get(), answer.bytes));
@@ -176,7 +179,8 @@ std::vector<std::pair<std::uint32_t, nb::bytes>> answers_to(const std::vector<Ta
 void bind_lookup(nb::module_& m) {
   m.def("pool_with", &pool_with_instructions, "instructions"_a, "format_"_a, "dim"_a, "rows"_a, "part"_a);
   m.def("queries_of", &queries_of, "tables"_a, "parts"_a, "room"_a, "reply_room"_a);
-  m.def("answers_to", &answers_to, "tables"_a, "rank"_a, "requests"_a, "room"_a);
+  m.def("answers_to", &answers_to, "tables"_a, "rank"_a, "requests"_a, "room"_a,
+        "gpu"_a = nb::none());
   m.def("pool_instructions", [] { return std::string(pool_instructions()); });
   m.attr("QUERY_HEAD_BYTES") = sizeof(QueryHead);
   m.attr("PART_HEAD_BYTES") = sizeof(PartHead);
@@ -215,6 +219,7 @@ void bind_lookup(nb::module_& m) {
            "fabric"_a, "requests"_a, "responses"_a, "table_memory"_a.none(), "tables"_a, "geometry"_a, "rank"_a, "lag"_a, "epoch"_a, "version"_a, "direct"_a,
            "checksums"_a, "read"_a, "fetch"_a, "serve_inline"_a, "degrade"_a, "instead"_a, "share"_a, "keepalive_ns"_a, "wait"_a,
            "serving"_a)
+      .def("use", &Lookup::use, "serving"_a, "own"_a, "tables"_a)
       .def("connect",
            [](Lookup& self,
               const std::vector<std::tuple<std::uint32_t, nb::bytes,

@@ -35,6 +35,55 @@ std::uint64_t locate(const std::byte* numbers, std::uint64_t count, const Table&
   return count;
 }
 
+// As pool_here, by a GPU: as many bags at a time as fit, and what does not fit in parts.
+void pool_there(const Part& part, const Table& table, Scratch& scratch) {
+  GpuPooler& gpu = *scratch.gpu;
+  Pool job;
+  job.format = table.format;
+  job.dim = table.dim;
+  job.mean = part.mean;
+  job.stride = part.stride;
+  std::vector<float> sum, rest(table.dim);
+  std::uint64_t bag = 0, done = 0;  // of the bag, so many rows are in `sum`
+  while (bag < part.bags) {
+    scratch.rows.clear();
+    scratch.lengths.clear();
+    const std::uint64_t first = bag;
+    const auto add = [&](std::uint64_t from, std::uint64_t rows) {
+      scratch.lengths.push_back(static_cast<std::uint32_t>(rows));
+      const std::int64_t* at = part.indices + part.offsets[bag] + from;
+      for (std::uint64_t i = 0; i < rows; ++i) {
+        scratch.rows.push_back(table.data + static_cast<std::uint64_t>(at[i]) * table.row_bytes);
+      }
+    };
+    for (; bag < part.bags; ++bag) {
+      const std::uint64_t begin = bag == first ? done : 0, rows = part.length(bag) - begin;
+      if (!gpu.fits(scratch.lengths.size() + 1, scratch.rows.size() + rows, table.dim)) break;
+      add(begin, rows);
+    }
+    const bool cut = bag == first;
+    if (cut) {
+      std::uint64_t rows = part.length(bag) - done;
+      while (!gpu.fits(1, rows, table.dim)) rows = (rows + 1) / 2;
+      add(done, rows);
+    }
+    job.rows = scratch.rows.data();
+    job.weights = part.weights ? part.weights + part.offsets[first] + done : nullptr;
+    job.lengths = scratch.lengths.data();
+    job.bags = scratch.lengths.size();
+    job.out = part.out + first * part.stride;
+    job.sum = done ? sum.data() : nullptr;
+    job.summed = done;
+    job.unfinished = cut ? rest.data() : nullptr;
+    gpu.pool(job);
+    done = cut ? done + scratch.rows.size() : 0;
+    if (!cut) continue;
+    if (!gpu.run()) return;
+    sum.swap(rest);
+    rest.resize(table.dim);
+  }
+}
+
 }  // namespace
 
 Fault check(const Part& part, const Table& table) {
@@ -59,6 +108,7 @@ Fault check(const Part& part, const Table& table) {
 }
 
 void pool_here(const Part& part, const Table& table, Scratch& scratch) {
+  if (table.on_gpu) return pool_there(part, table, scratch);
   Pool job;
   job.format = table.format;
   job.dim = table.dim;
@@ -187,8 +237,13 @@ Answer answer_query(const std::byte* request, std::uint64_t length, const std::v
   const auto refuse = [&](Fault::Kind kind, std::uint32_t table, std::uint64_t position, std::int64_t value,
                           std::uint64_t limit) {
     carry.active = false;
+    if (scratch.gpu) scratch.gpu->drop();
     answer.fault = {kind, table, position, value, limit};
     return answer;
+  };
+  const auto refuse_for_gpu = [&] {
+    const GpuPooler& gpu = *scratch.gpu;
+    return refuse(Fault::device, 0, 0, gpu.result(), gpu.waited_ms());
   };
   QueryHead head;
   if (length < sizeof head) return refuse(Fault::malformed, 0, 0, 0, 0);
@@ -225,7 +280,8 @@ Answer answer_query(const std::byte* request, std::uint64_t length, const std::v
         return refuse(Fault::index, about.table, good, static_cast<std::int64_t>(row), table.rows);
       }
       std::byte* to = reply + answer.bytes;
-      for (std::uint64_t i = 0; i < about.indices; ++i) {
+      if (table.on_gpu) scratch.gpu->copy(scratch.rows.data(), about.indices, table.row_bytes, to);
+      for (std::uint64_t i = 0; !table.on_gpu && i < about.indices; ++i) {
         if (i + 8 < about.indices) __builtin_prefetch(scratch.rows[i + 8]);
         std::memcpy(to + i * table.row_bytes, scratch.rows[i], table.row_bytes);
       }
@@ -263,6 +319,8 @@ Answer answer_query(const std::byte* request, std::uint64_t length, const std::v
     job.out = reinterpret_cast<float*>(reply + answer.bytes);
     job.stride = table.dim;
     if (continued) {
+      // (A request may, though none of ours does, go on with what it has not finished itself.)
+      if (scratch.gpu && scratch.gpu->pending() && !scratch.gpu->run()) return refuse_for_gpu();
       job.sum = carry.sum.data();
       job.summed = carry.summed;
     }
@@ -272,7 +330,11 @@ Answer answer_query(const std::byte* request, std::uint64_t length, const std::v
       rest.resize(table.dim);
       job.unfinished = rest.data();
     }
-    pool(job);
+    if (table.on_gpu) {
+      scratch.gpu->pool(job);
+    } else {
+      pool(job);
+    }
     carry.active = unfinished;
     if (unfinished) {
       carry.table = about.table;
@@ -284,6 +346,7 @@ Answer answer_query(const std::byte* request, std::uint64_t length, const std::v
     answer.rows += about.indices;
     at += part_bytes(about.bags, about.indices, is_wide, weighted);
   }
+  if (scratch.gpu && scratch.gpu->pending() && !scratch.gpu->run()) return refuse_for_gpu();
   return answer;
 }
 

@@ -14,6 +14,7 @@
 #include <string>
 #include <vector>
 
+#include "gpu_pooler.h"
 #include "pool.h"
 
 namespace blsrdma {
@@ -27,6 +28,7 @@ struct Table {
   std::uint64_t row_bytes = 0;
   std::uint64_t offset = 0;         // of its rows in its owner's arena of tables, if that may be read by others
   const std::byte* data = nullptr;  // where this process can read its rows: its own, or mapped; else none
+  bool on_gpu = false;              // its own, in GPU memory: only a GpuPooler can read them
 };
 
 // Bags of one table that a caller wants pooled. Its memory stays valid until the request is complete.
@@ -54,6 +56,7 @@ struct Fault {
     table,      // the owner has no such table
     malformed,  // the request's bytes are no request
     version,    // the owner has no such version of its tables
+    device,     // its GPU has failed: value is the driver's code; -1: it was not done in `limit` ms
   };
   Kind kind = none;
   std::uint32_t table_number = 0;
@@ -65,10 +68,12 @@ struct Fault {
 // Whether the bags can be looked up in the table.
 Fault check(const Part& part, const Table& table);
 
-// Pool bags whose rows can all be read here. `scratch` is kept between calls.
+// Pool bags whose rows can all be read here. `scratch` is kept between calls. Of tables on a GPU the sums are there once
+// gpu->run() has been called.
 struct Scratch {
   std::vector<const std::byte*> rows;
   std::vector<std::uint32_t> lengths;
+  GpuPooler* gpu = nullptr;  // where there are such tables
 };
 void pool_here(const Part& part, const Table& table, Scratch& scratch);
 

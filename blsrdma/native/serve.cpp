@@ -54,6 +54,7 @@ void Server::start() {
 
 void Server::stop() {
   stopping_.store(true);
+  if (scratch_.gpu) scratch_.gpu->stop();
   if (!thread_.joinable()) return;
   std::atomic_thread_fence(std::memory_order_seq_cst);
   Sleeper(arena_->data()).wake();

@@ -53,6 +53,7 @@ class Server {
 
   // The channels of responses, by client (none for oneself); to be set before anything is served.
   void connect(const std::vector<std::unique_ptr<Channel>>& responses);
+  void use(GpuPooler* gpu) { scratch_.gpu = gpu; }  // for tables on a GPU; before anything is served
   void start();  // a thread that serves until stop()
   void stop();   // idempotent; afterwards nothing touches the channels any more
 

@@ -75,10 +75,15 @@ class TableSets {
   const std::vector<Table>& at(std::uint32_t place) const { return sets_[place]; }
   std::uint64_t version(std::uint32_t place) const { return held_[place].load(); }
   void set(std::uint32_t place, std::uint64_t version) { held_[place].store(version); }
-  // Nobody looks rows up in there when this returns: the server is waited for, no longer than it takes to answer once.
-  void clear(std::uint32_t place) {
+  // Nobody looks rows up in there when this returns true: the server is waited for, no longer than it takes to answer once,
+  // which is long where a GPU hangs.
+  bool clear(std::uint32_t place, std::uint64_t deadline_ns = kNever) {
     held_[place].store(kNone);
-    while (in_use_.load() == place) std::this_thread::yield();
+    while (in_use_.load() == place) {
+      if (deadline_ns != kNever && now_ns() >= deadline_ns) return false;
+      std::this_thread::yield();
+    }
+    return true;
   }
 
   // By whoever serves: the tables of `version`, which stay until let_go(); nullptr where it is not here.

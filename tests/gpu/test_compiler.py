@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from blsrdma.errors import CompileError
-from blsrdma.gpu import compiler, pooling
+from blsrdma.gpu import compiler, pooling, tables
 from blsrdma.lookup_tables import FORMATS
 from dlrm.gpu import interaction
 
@@ -111,3 +111,22 @@ def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(CompileError, match="install nvidia-cuda-nvrtc-cu12") as error:
         compiler.nvrtc(pooling.SOURCE, {}, (9, 0))
     assert error.value.log == ""
+
+
+@pytest.mark.parametrize("capability", GENERATIONS)
+def test_pool_rows(capability: compiler.Capability) -> None:
+    """What owners pool requests with: no register is spilled, and there is a kernel for each row format."""
+    image = compiler.nvrtc(tables.SOURCE, {}, capability)
+    assert set(image.usage) == {"copy_rows", *(f"pool_{format_}" for format_ in FORMATS)}
+    for name in image.usage:
+        check(name, image, 80)
+
+
+def test_what_is_included(tmp_path: Path) -> None:
+    """Lines keep their files and numbers in the compiler's words."""
+    (tmp_path / "part.cuh").write_text("using Type = int;\nstatic_assert(false);\n")
+    source = tmp_path / "whole.cu"
+    source.write_text('// first\n#include "part.cuh"\nstatic_assert(sizeof(Type) == 4);\nstatic_assert(false);\n')
+    with pytest.raises(CompileError) as error:
+        compiler.nvrtc(source, {}, (9, 0))
+    assert re.findall(r"(\w+\.cuh?)\((\d)\): error", error.value.log) == [("part.cuh", "2"), ("whole.cu", "4")]

@@ -43,6 +43,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from blsrdma.gpu.compiler import text_of
+
 HERE = Path(__file__).parent
 CACHE = HERE.parents[2] / "build" / "simulated"  # kept between sessions: the names are hashes of what was compiled
 
@@ -77,7 +79,7 @@ def image(source: Path | str, *options: str) -> bytes:
 
     `options` are NVRTC's; those that define names count, others mean nothing here. Kernels are `extern "C" __global__`.
     """
-    text = source if isinstance(source, str) else source.read_text()
+    text = source if isinstance(source, str) else text_of(source)
     kept = [option for option in options if option.startswith("-D")]
     name = "kernel.cu" if isinstance(source, str) else str(source)
     headers = [HERE / "kernel.h", HERE / "launch.h"]
