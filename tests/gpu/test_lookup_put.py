@@ -31,6 +31,7 @@ from tests.gpu import simulated
 from tests.gpu.memory import OnDevice
 from tests.gpu.rank import start
 from tests.lookup.bags import DIMS, FORMATS, draw, pooled, rows, same_bits
+from tests.patterns import TRANSPORTS
 from tests.ranks import run_ranks
 
 if TYPE_CHECKING:
@@ -131,6 +132,13 @@ def test_exact(where: dict[str, str], name: str) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_exact_at_length(name: str, ranks: int) -> None:
     run_ranks(_exact, ranks, 200, CASES[name], env={"SIMULATED_CUDA_DELAY_US": "300"}, timeout=300)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("transport", ["tcp", "cma-puts"])
+@pytest.mark.parametrize("name", CASES)
+def test_exact_by_puts(name: str, transport: str) -> None:
+    run_ranks(_exact, 3, 50, CASES[name], env=DELAYED | TRANSPORTS[transport])
 
 
 def _versions(rank: int, world: int, store: Store) -> list[int]:
@@ -269,7 +277,7 @@ def _hangs_for_long(rank: int, world: int, store: Store) -> float:
     """A client's deadline comes before the owner's patience ends; and the owner closes while its server waits."""
     start()
     on = OnDevice(open_device(0))
-    lookup = Lookup(ones(on) if rank else {}, store, rank, world, timeout=50.0, close_timeout=1.0)
+    lookup = Lookup(ones(on) if rank else {}, store, rank, world, timeout=50.0, close_timeout=0.4)
     newer = ones(on), ones(on)
     meet(store, "open", world, rank)
     if rank:
