@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,13 @@ from tests.patterns import TRANSPORTS
 from tests.ranks import run_programs, run_ranks
 
 NOTICED_S = 5.0  # a busy test machine
+
+
+def stop(pid: int) -> None:
+    """Stop a rank: when this returns no thread of it runs any more, the one that serves either."""
+    os.kill(pid, signal.SIGSTOP)
+    while not all("State:\tT" in (task / "status").read_text() for task in Path(f"/proc/{pid}/task").iterdir()):
+        time.sleep(0.001)
 
 
 def bags(table: int, *indices: int) -> Bags:
@@ -125,9 +133,7 @@ def stopped_owner(rank: int, world: int, store: Any, mode: str) -> Any:
     meet(store, "ready", world)
     if rank == 0:
         pid = int(store.get("pid 1"))
-        os.kill(pid, signal.SIGSTOP)
-        while "State:\tT" not in open(f"/proc/{pid}/status").read():  # noqa: PTH123, SIM115
-            time.sleep(0.001)
+        stop(pid)
         store.set("stopped", "1")
         asked = lookup.ask([bags(1, 3, 4), bags(2, 1)])
         if mode == "put":
@@ -349,7 +355,7 @@ def garbage_in_responses(rank: int, world: int, store: Any, what: str) -> str:
         if what == "header":
             pid = int(store.get("pid 1"))
             asked.wait()
-            os.kill(pid, signal.SIGSTOP)
+            stop(pid)
             asked = lookup.ask([bags(1, 1), bags(2, 1)])
             window = geometry.window(0, 1, 1)
             data[window : window + 64] = 0xA5

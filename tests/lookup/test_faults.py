@@ -13,7 +13,7 @@ import pytest
 
 from blsrdma.errors import PeerFailed, PeerTimeout, WindowCorrupt
 from blsrdma.lookup import Lookup
-from tests.lookup.test_failures import bags, meet, tables
+from tests.lookup.test_failures import bags, meet, stop, tables
 from tests.patterns import TRANSPORTS
 from tests.ranks import run_ranks
 
@@ -75,9 +75,7 @@ def stopped(rank: int, world: int, store: Any) -> str:
         if rank != 0:
             return ""
         pid = int(store.get("pid 1"))
-        os.kill(pid, signal.SIGSTOP)
-        while "State:\tT" not in open(f"/proc/{pid}/status").read():  # noqa: PTH123, SIM115
-            time.sleep(0.001)
+        stop(pid)
         asked = lookup.ask([bags(1, 3, 4), bags(2, 1)])
         with pytest.raises(PeerTimeout) as caught:
             asked.wait(timeout=0.3)
