@@ -46,8 +46,10 @@ def test_ctrl_c(transport: str) -> None:
                 "TORCHELASTIC_USE_AGENT_STORE": "True"}  # fmt: skip
     script = "\n".join(
         [
+            "import signal",
             "import numpy as np",
             "from blsrdma import Exchange",
+            "signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it",
             "with Exchange(timeout=100) as exchange:",
             "    with exchange.post(np.zeros(2)):",
             "        pass",
