@@ -56,7 +56,7 @@ def _exact(rank, world, store, format_, mean):
             lookup.check(asked, number)
             got = on.floats(out, SAMPLES, len(asked), DIM)
             for position, (table, each) in enumerate(zip(asked, bags, strict=True)):
-                same_bits(got[:, position], pooled(rows(table, ROWS, DIM, format_), each, mean))
+                assert same_bits(got[:, position], pooled(rows(table, ROWS, DIM, format_), each, mean))
         store.set(f"done/{rank}", "")
         store.wait([f"done/{q}" for q in range(world)])
         on.close()
