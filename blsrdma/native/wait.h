@@ -42,6 +42,10 @@ struct WaitPolicy {
   std::uint32_t yields = 1000;  // polls with sched_yield between
 };
 
+// Whoever yields again and again where others want the core for long uses its own share up with polls, and is behind them in
+// the queue when what it waits for is there. Whoever sleeps is woken at once. So a yield that takes this long is the last.
+inline constexpr std::uint64_t kSlice = 1'000'000;
+
 // Poll `done` until it holds (true) or until it is time for checks that cost system calls (false): is the deadline past, do
 // the peers live. Call again after them; the object remembers how long the wait has lasted.
 class Backoff {
@@ -56,9 +60,14 @@ class Backoff {
       if (done()) return true;
       relax();
     }
-    for (; rounds_ < policy_.spins + policy_.yields; ++rounds_) {
+    for (std::uint64_t before = woken ? now_ns() : 0; rounds_ < policy_.spins + policy_.yields; ++rounds_) {
       if (done()) return true;
       sched_yield();
+      if (woken) {
+        const std::uint64_t after = now_ns();
+        if (after - before > kSlice) rounds_ = policy_.spins + policy_.yields;  // no more of that
+        before = after;
+      }
       if (rounds_ % 256 == 255 && check_due()) return ++rounds_, false;
     }
     const std::uint64_t now = now_ns();

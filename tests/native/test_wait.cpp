@@ -38,6 +38,24 @@ TEST(a_sleep_is_bounded) {
   bed.sleeper.wake();  // nobody sleeps
 }
 
+// A core that others take for long is not polled for: who may be woken sleeps.
+TEST(a_waiter_that_gets_its_core_seldom_sleeps) {
+  for (const bool woken : {false, true}) {
+    Bed bed;
+    const std::uint64_t until = now_ns() + 300 * kMs;
+    Backoff backoff({0, 1000}, bed.sleeper, until);
+    int polls = 0;
+    while (now_ns() < until) {
+      CHECK(!backoff.until([&] {
+        const timespec slice{0, 2'000'000};  // as if somebody else had run
+        nanosleep(&slice, nullptr);
+        return ++polls == 0;
+      }, woken));
+    }
+    if (woken) CHECK(polls < 30);  // two, and some for each sleep of up to 50 ms
+  }
+}
+
 TEST(a_waiter_looks_round_in_time) {
   for (const WaitPolicy& policy : {WaitPolicy{0, 0}, WaitPolicy{0, 1000}, WaitPolicy{5000, 0}, WaitPolicy{5000, 1000}}) {
     for (const bool woken : {false, true}) {
