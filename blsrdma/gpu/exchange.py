@@ -18,10 +18,7 @@ A kernel can write its results where they belong, without a copy: see `GpuExchan
 
 from __future__ import annotations
 
-import atexit
 import logging
-import os
-import weakref
 from contextlib import suppress
 from time import monotonic_ns
 from typing import TYPE_CHECKING, Any
@@ -31,7 +28,6 @@ import numpy as np
 from blsrdma import hosts
 from blsrdma.buffers import as_counts, equal_counts
 from blsrdma.errors import (
-    BlsrdmaError,
     CountsError,
     GpuError,
     MemoryLimitExceeded,
@@ -41,6 +37,7 @@ from blsrdma.errors import (
 )
 from blsrdma.exchange import Exchange
 from blsrdma.gpu import arrays
+from blsrdma.gpu.closing import Closing, quarantine
 from blsrdma.gpu.device import default_device, open_device, stream_address
 from blsrdma.rendezvous import Rendezvous, environment_ranks, store_from_environment
 from blsrdma.settings import Settings, format_size, timeout_ns
@@ -59,11 +56,9 @@ if TYPE_CHECKING:
 log = logging.getLogger("blsrdma")
 
 ALIGNMENT = 256  # of device windows, in bytes: what kernels read fastest
-_open: weakref.WeakSet[GpuExchange] = weakref.WeakSet()
-_quarantine: list[Any] = []  # what a device or a peer may still use: kept until the process ends
 
 
-class GpuExchange:
+class GpuExchange(Closing):
     """An all-to-all of messages of any sizes up to `window_bytes` in GPU memory, bounded-lag synchronous.
 
     Parameters:
@@ -95,7 +90,6 @@ class GpuExchange:
         trace: str | None = None,
         memory_limit: int | None = None,
     ) -> None:
-        self._closed = True  # until it is open
         if rank is None or world_size is None:
             rank, world_size = environment_ranks()
         self.rank, self.world_size, self.name = rank, world_size, name
@@ -147,8 +141,7 @@ class GpuExchange:
         self._timeout_ns = timeout_ns(settings.timeout)
         self._next = 0
         self._placed: Placement | None = None
-        self._closed = False
-        _open.add(self)
+        self._opened()
         log.info(
             "exchange %r: rank %d of %d has %s of windows on GPU %d (%s); peers are reached so: %s",
             name, rank, world_size, format_size(self.device_bytes), self.device, open_device(self.device).name,
@@ -262,15 +255,7 @@ class GpuExchange:
 
     # --- the end
 
-    def close(self, error: BaseException | None = None) -> None:
-        """Leave, as Exchange.close: what was posted still arrives. Waits for what the device has still to send, within
-        `close_timeout`; what it does not finish by then is kept until the process ends. Idempotent."""
-        if self._closed:
-            return
-        self._closed = True
-        _open.discard(self)
-        if os.getpid() != self._inner._fabric.pid:
-            return
+    def _leave(self, error: BaseException | None) -> None:
         at_rest = False
         try:
             at_rest = self._core.quiesce(timeout_ns(self.settings.close_timeout))
@@ -281,22 +266,13 @@ class GpuExchange:
         try:
             self._inner.close(error)
         finally:
-            quiet = at_rest and self._inner._quiet
-            if quiet:
+            if at_rest and self._inner._quiet:
                 with suppress(GpuError):  # the device has failed meanwhile: its memory goes with it
                     self._core.close(True)
             else:
                 log.info("exchange %r: its GPU, or a peer, may still use its windows: they are kept until the process "
                          "ends", self.name)  # fmt: skip
-                _quarantine.append((self._core, self._inner))
-
-    def __enter__(self) -> GpuExchange:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close(error)
+                quarantine.append((self._core, self._inner))
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else f"lag {self.lag}, GPU {self.device}"
@@ -513,14 +489,6 @@ class GpuReceived:
     def counts(self) -> list[int]:
         """Items per source, in units of `send`'s leading dimension."""
         return [size // max(1, self._handle._buffer.item_bytes) for size in self.sizes]
-
-
-# Registered after the host exchange's own, and so run before it: its close must not come first.
-@atexit.register
-def _close_what_is_open() -> None:
-    for exchange in [each for each in _open if each._inner._fabric.pid == os.getpid()]:
-        log.warning("exchange %r was not closed before the interpreter ended", exchange.name)
-        exchange.close(BlsrdmaError("the interpreter ended without close()"))
 
 
 __all__ = ["GpuExchange", "GpuHandle", "GpuReceived", "Placement"]

@@ -15,17 +15,14 @@ blsrdma.Lookup, in mode put, takes tables in GPU memory.
 
 from __future__ import annotations
 
-import atexit
 import logging
-import os
-import weakref
 from contextlib import suppress
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from blsrdma import hosts
 from blsrdma.errors import (
     BagsError,
-    BlsrdmaError,
     ExchangeClosed,
     GpuError,
     MemoryLimitExceeded,
@@ -34,6 +31,7 @@ from blsrdma.errors import (
     SettingsError,
 )
 from blsrdma.exchange import Exchange
+from blsrdma.gpu.closing import Closing, quarantine
 from blsrdma.gpu.device import default_device, open_device, stream_address
 from blsrdma.gpu.pooling import GpuTable, PooledLookup
 from blsrdma.lookup_tables import TableFacts, address, describe, directory
@@ -43,7 +41,6 @@ from blsrdma.windows import round_up
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-    from types import TracebackType
 
     from torch.distributed import Store
 
@@ -56,11 +53,9 @@ log = logging.getLogger("blsrdma")
 
 ALIGNMENT = 256  # of a table's first row, in bytes
 COPY_SECONDS = 600.0  # for all tables to be on the GPU
-_open: weakref.WeakSet[GpuLookup] = weakref.WeakSet()
-_quarantine: list[Any] = []  # what peers may still read: kept until the process ends
 
 
-class GpuLookup:
+class GpuLookup(Closing):
     """Bags of any rank's tables, pooled on this rank's GPU.
 
     Parameters:
@@ -88,7 +83,6 @@ class GpuLookup:
         close_timeout: float | None = None,
         keepalive: float | None = None,
     ) -> None:
-        self._closed = True  # until it is open
         if rank is None or world_size is None:
             rank, world_size = environment_ranks()
         self.rank, self.world_size, self.name, self._mean = rank, world_size, name, mean
@@ -134,8 +128,7 @@ class GpuLookup:
             store, rank, world_size, name=name, lag=0, window_bytes=0, timeout=limit, checksum=False, copy_self=False,
             close_timeout=self.settings.close_timeout, keepalive=self.settings.keepalive,
         )  # fmt: skip
-        self._closed = False
-        _open.add(self)
+        self._opened()
         log.info(
             "lookup %r: rank %d of %d, %d tables, %d of them on GPU %d (%s): %s",
             name, rank, world_size, len(self._tables), len(mine), self.device, self._device.name,
@@ -179,18 +172,11 @@ class GpuLookup:
 
     # --- the end
 
-    def close(self, error: BaseException | None = None) -> None:
-        """Leave: wait for this rank's lookups, then, all within `close_timeout`, until nobody reads its tables; what is
-        not done by then is kept until the process ends. Idempotent."""
-        if self._closed:
-            return
-        self._closed = True
-        _open.discard(self)
-        if os.getpid() != self._inner._fabric.pid:
-            return
+    def _leave(self, error: BaseException | None) -> None:
         at_rest = False
         try:
-            at_rest = all(each.idle(self.settings.close_timeout) for each in self._lookups.values())
+            end = monotonic() + self.settings.close_timeout
+            at_rest = all(each.idle(max(0.0, end - monotonic())) for each in self._lookups.values())
             if at_rest:
                 for each in self._lookups.values():
                     each.close()
@@ -207,15 +193,7 @@ class GpuLookup:
                         self._memory.close()
             else:
                 log.info("lookup %r: its tables may still be read: they are kept until the process ends", self.name)
-                _quarantine.append((self._memory, self._mappings, self._lookups, self._inner))
-
-    def __enter__(self) -> GpuLookup:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close(error)
+                quarantine.append((self._memory, self._mappings, self._lookups, self._inner))
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else f"GPU {self.device}"
@@ -281,11 +259,3 @@ class GpuLookup:
     def _base(self, owner: int) -> int:
         memory = self._memory if owner == self.rank else self._mappings.get(owner)
         return 0 if memory is None else memory.address
-
-
-# As for GpuExchange: before the host exchange's own.
-@atexit.register
-def _close_what_is_open() -> None:
-    for lookup in [each for each in _open if each._inner._fabric.pid == os.getpid()]:
-        log.warning("lookup %r was not closed before the interpreter ended", lookup.name)
-        lookup.close(BlsrdmaError("the interpreter ended without close()"))

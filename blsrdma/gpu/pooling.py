@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 from blsrdma.errors import BagsError, GpuError, SettingsError
 from blsrdma.gpu import compiler
 from blsrdma.lookup_tables import FORMATS, RowFormat, row_bytes
+from blsrdma.settings import timeout_ns
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -194,7 +195,7 @@ class PooledLookup:
         """Wait until all launches are done, the bad ones too; False after so many seconds."""
         end = time.monotonic() + timeout
         used = [note for note in self._notes if note.launch >= 0]
-        return all(self._device.finish(note.done, max(0, int((end - time.monotonic()) * 1e9))) for note in used)
+        return all(self._device.finish(note.done, timeout_ns(max(0.0, end - time.monotonic()))) for note in used)
 
     def close(self) -> None:
         """Give back the memory that it took for itself. No launch may be in progress."""
@@ -257,7 +258,7 @@ class PooledLookup:
         note = self._notes[launch % NOTED]
         if note.launch != launch or note.bags is None:
             return
-        if not self._device.finish(note.done, int(timeout * 1e9)):
+        if not self._device.finish(note.done, timeout_ns(timeout)):
             raise GpuError(f"launch {launch} of a pooled lookup is not done after {timeout:g} s")
         bags, note.bags = note.bags, None
         if note.failed.value:
