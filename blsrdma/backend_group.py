@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -77,6 +78,7 @@ class BlsProcessGroup(ProcessGroup):
         self._settings = {"lag": settings.lag, "window_bytes": settings.window_bytes}
         self._lane = Lane(self._store, rank, ranks, seconds, **self._settings)
         self._gpu_lanes: dict[int, Lane] = {}  # by the number of the device, of CUDA tensors
+        self._making = threading.Lock()  # of these
         self._done = Done([])
         self._rest = ProcessGroup(self._store, rank, ranks)
         self._add_gloo(name, global_ranks or [])
@@ -138,13 +140,17 @@ class BlsProcessGroup(ProcessGroup):
         if not tensor.is_cuda:
             return None
         number = tensor.device.index
-        if number not in self._gpu_lanes:
-            from blsrdma.gpu.backend_lane import GpuLane
+        with self._making:
+            if number not in self._gpu_lanes:
+                from blsrdma.gpu.backend_lane import GpuLane
 
-            store = PrefixStore(f"gpu/{len(self._gpu_lanes)}/", self._store)
-            timeout, settings = self._lane.timeout, self._settings
-            self._gpu_lanes[number] = GpuLane(store, self.rank(), self.size(), timeout, device=number, **settings)
-        return self._gpu_lanes[number]
+                store = PrefixStore(f"gpu/{len(self._gpu_lanes)}/", self._store)
+                timeout, settings = self._lane.timeout, self._settings
+                made = GpuLane(store, self.rank(), self.size(), timeout, device=number, **settings)
+                if self._lane.ended is not None:  # the group has: this one makes no exchange
+                    made.close(self._lane.ended)
+                self._gpu_lanes[number] = made
+            return self._gpu_lanes[number]
 
     def _go(
         self,
@@ -210,18 +216,22 @@ class BlsProcessGroup(ProcessGroup):
 
     def shutdown(self) -> None:
         """destroy_process_group: leave. Idempotent."""
-        for lane in self._lanes():
-            lane.close()
+        self._close_lanes()
         self._rest.shutdown()
 
     def abort(self) -> None:
         """End every wait of this rank with an error, from any thread; the peers' too. Idempotent."""
-        for lane in self._lanes():
-            lane.close(BlsrdmaError("the process group has been aborted"))
+        self._close_lanes(BlsrdmaError("the process group has been aborted"))
         self._rest.abort()
 
     def _lanes(self) -> list[Lane]:
-        return [*self._gpu_lanes.values(), self._lane]
+        with self._making:
+            return [self._lane, *self._gpu_lanes.values()]
+
+    def _close_lanes(self, error: BaseException | None = None) -> None:
+        self._lane.close(error)  # once it has ended, no other one begins
+        for lane in self._lanes():
+            lane.close(error)
 
     # --- the backends that do the rest
 

@@ -47,7 +47,7 @@ class Lane:
         self._lag = self._window_bytes = 0  # the exchange's
         self._flying: deque[Operation] = deque()  # posted and not received
         self._lock = threading.Lock()
-        self._ended: BaseException | None = None  # why, once close() has been called
+        self.ended: BaseException | None = None  # why, once close() has been called
         self._watched: deque[Operation] = deque()
         self._watching = threading.Lock()  # of the two around it
         self._watcher: threading.Thread | None = None
@@ -70,7 +70,7 @@ class Lane:
         with self._lock:
             operation = None
             exchange = self.exchange
-            if exchange is not None and self._ended is None and len(self._flying) <= self._lag:
+            if exchange is not None and self.ended is None and len(self._flying) <= self._lag:
                 operation = self._post_at_once(exchange, send, counts, outputs, expected)
             if operation is None:
                 operation = self._post(send, counts, outputs, expected, self._deadline(timeout))
@@ -89,7 +89,7 @@ class Lane:
         """Post and wait."""
         with self._lock:
             operation = None
-            if not self._flying and self.exchange is not None and timeout is None and self._ended is None:
+            if not self._flying and self.exchange is not None and timeout is None and self.ended is None:
                 operation = self._run_alone(self.exchange, send, counts, outputs, expected)
                 if operation is None:
                     return
@@ -150,8 +150,8 @@ class Lane:
 
     def close(self, error: BaseException | None = None) -> None:
         """Leave: the peers get PeerLeft, or with an `error` PeerFailed, when they wait for more. Idempotent."""
-        if self._ended is None:
-            self._ended = error or ExchangeClosed("the process group has been destroyed")
+        if self.ended is None:
+            self.ended = error or ExchangeClosed("the process group has been destroyed")
         if not self._lock.acquire(timeout=10 * _SLICE_S):  # a waiter leaves within a slice
             return  # ... but for one that is still making the exchange: it closes it then
         try:
@@ -159,7 +159,7 @@ class Lane:
             self._flying.clear()
             for operation in dropped:
                 operation.handle.release()
-                operation.fail(self._ended)
+                operation.fail(self.ended)
             if self.exchange is not None:
                 if error is not None:  # the peers' windows matter no more; what they still write is quarantined
                     self.exchange.settings = replace(self.exchange.settings, close_timeout=0.2)
@@ -195,8 +195,8 @@ class Lane:
         return handle.sent()
 
     def _refuse_if_ended(self) -> None:
-        if self._ended is not None:
-            raise self._ended
+        if self.ended is not None:
+            raise self.ended
 
     def _post(
         self,
@@ -348,7 +348,7 @@ class Lane:
                     continue
             time.sleep(_POLL_S)
             with self._watching:
-                if self._ended is not None or (not self._watched and time.monotonic() > idle_at):
+                if self.ended is not None or (not self._watched and time.monotonic() > idle_at):
                     self._watcher = None
                     return
 

@@ -19,7 +19,7 @@ from bench.systems.base import Runtime
 from bench.values import Pool
 from blsrdma import GpuExchange
 from blsrdma.gpu.arrays import GpuArray
-from blsrdma.gpu.exchange import GpuHandle
+from blsrdma.gpu.handle import GpuHandle
 
 _VERIFIED = 3  # iterations
 

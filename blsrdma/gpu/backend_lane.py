@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.distributed import Store
 
-    from blsrdma.gpu.exchange import GpuHandle
+    from blsrdma.gpu.handle import GpuHandle
 
 
 class GpuLane(Lane):

@@ -7,10 +7,8 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <mutex>
 #include <stdexcept>
 #include <string>
-#include <vector>
 
 namespace blsrdma::cuda {
 
@@ -99,8 +97,8 @@ class Error : public std::runtime_error {
   Result result_;
 };
 
-// Load the driver's library (once; `path` is asked the first time only) and initialise it. Throws Error (with result -1 where
-// there is no such library, or a function is missing from it), and the same again the next time.
+// Load the driver's library, and initialise it; once it is, another `path` means nothing. Throws Error, with result -1 where
+// there is no such library, or a function is missing from it; then it may be tried again.
 const Functions& load(const char* path = "libcuda.so.1");
 // After load().
 const Functions& api();
@@ -110,7 +108,6 @@ void check(Result result, const char* what);
 inline constexpr unsigned kNonBlocking = 1;        // CU_STREAM_NON_BLOCKING: not ordered against the null stream
 inline constexpr unsigned kNoTiming = 2;           // CU_EVENT_DISABLE_TIMING
 inline constexpr unsigned kPortable = 1;           // CU_MEMHOSTREGISTER_PORTABLE
-inline constexpr unsigned kMapped = 2;             // CU_MEMHOSTREGISTER_DEVICEMAP
 inline constexpr unsigned kLazyPeerAccess = 1;     // CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS
 inline constexpr int kMultiprocessors = 16;        // CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
 inline constexpr int kMajor = 75, kMinor = 76;     // CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*

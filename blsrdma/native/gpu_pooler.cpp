@@ -52,7 +52,7 @@ GpuPooler::GpuPooler(std::shared_ptr<cuda::Device> device, const std::string& im
     : device_(std::move(device)), pid_(getpid()), patience_ns_(config.patience_ns),
       in_bytes_(aligned(3 * config.request_bytes + 4 * std::uint64_t{config.dim} + 64)),
       out_bytes_(aligned(config.response_bytes + 4 * std::uint64_t{config.dim} + 64)) {
-  device_->enter();
+  const cuda::Entered entered = device_->enter();
   try {
     allocate(image);
   } catch (const cuda::Error&) {
@@ -138,7 +138,7 @@ bool GpuPooler::run() {
   if (!pending()) return !failed();
   if (!failed()) {
     try {
-      device_->enter();
+      const cuda::Entered entered = device_->enter();
       if (in_used_) check(api().copy(device_in_, reinterpret_cast<cuda::Address>(in_), in_used_, stream_), "cuMemcpyAsync");
       for (const Job& job : jobs_) launch(job);
       if (out_used_) check(api().copy(reinterpret_cast<cuda::Address>(out_), device_out_, out_used_, stream_), "cuMemcpyAsync");
@@ -234,7 +234,7 @@ bool GpuPooler::close(std::uint64_t deadline_ns) {
   if (!stream_) return true;
   if (getpid() != pid_) return true;  // a fork's child: nothing here is its own
   try {
-    device_->enter();
+    const cuda::Entered entered = device_->enter();
     // To free memory is to wait for all that the GPU does: only of one that is seen to get on.
     if (device_in_) check(api().fill(device_in_, 0, 16, stream_), "cuMemsetD8Async");
     for (std::uint32_t round = 0;; ++round) {

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from blsrdma import GpuExchange
-    from blsrdma.gpu.exchange import GpuHandle
+    from blsrdma.gpu.handle import GpuHandle
     from dlrm.gpu.accelerator import Lane
     from dlrm.gpu.dense import GpuDense
     from dlrm.gpu.tables import GpuTables

@@ -71,6 +71,13 @@ def enter(device: int = 0) -> None:
     call("cuCtxSetCurrent", context)
 
 
+def current() -> int:
+    """The context that is."""
+    found = c_void_p()
+    call("cuCtxGetCurrent", byref(found))
+    return found.value or 0
+
+
 def leave(device: int = 0) -> None:
     call("cuCtxSetCurrent", None)
     call("cuDevicePrimaryCtxRelease_v2", device)

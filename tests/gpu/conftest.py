@@ -9,6 +9,7 @@ import pytest
 from blsrdma.gpu import compiler
 from blsrdma.gpu.device import open_device
 from blsrdma.ucx import native
+from tests.gpu import calls as cu
 from tests.gpu import simulated
 from tests.gpu.memory import OnDevice
 from tests.gpu.rank import REAL, compiled_by_gcc
@@ -40,6 +41,17 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
 def where(request: pytest.FixtureRequest) -> dict[str, str]:
     """The environment of ranks whose devices are simulated, or real."""
     return dict(REAL) if request.param == "real" else {}
+
+
+@pytest.fixture
+def a_context(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A context of the simulated device is current, for tests that call the driver themselves."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    before = simulated.complaints()
+    cu.enter()
+    yield
+    cu.leave()
+    assert simulated.complaints() == before
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Arrays on a device, for tests of kernels."""
+"""Memory of a device, and of the host, for tests."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+
+from blsrdma.gpu.arrays import GpuArray
 
 if TYPE_CHECKING:
     from typing import Any
@@ -51,3 +53,20 @@ class OnDevice:
         """Free all of it."""
         for memory in self._kept:
             memory.close()
+
+
+def pinned(device: cuda.Device, size: int, dtype: Any = np.uint8) -> NDArray[Any]:
+    """Page-locked host memory, as an array: the host does not wait for copies from and to it."""
+    memory = device.host_memory(max(1, size))
+    buffer = (ctypes.c_uint8 * size).from_address(memory.host)
+    array: NDArray[Any] = np.frombuffer(buffer, dtype)
+    buffer.memory = memory  # type: ignore[attr-defined]  # kept with it
+    return array
+
+
+def vector(device: cuda.Device, values: NDArray[Any]) -> GpuArray:
+    """A copy on the device."""
+    memory = device.memory(max(1, values.nbytes))
+    device.copy(memory.address, values.ctypes.data, values.nbytes, 0)
+    assert device.synchronize(0, 10**10)
+    return GpuArray(memory.address, values.shape, values.dtype, memory)
