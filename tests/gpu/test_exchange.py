@@ -168,12 +168,13 @@ def _elsewhere(rank, world, store):
     """The caller works with device 0, and its exchange, lookups and kernels with device 1."""
     start()
     cu.enter(0)
-    found = cu.current()
+    found, free = cu.current(), open_device(0).free_bytes
     pooler = native.cuda.GpuPooler(
         open_device(1), compiler.compiled(tables.SOURCE, {}, (9, 0)).image, 4096, 4096, 8, 20 * 10**9
     )
     with GpuExchange(store, rank, world, device=1, lag=1, window_bytes=WINDOW) as exchange:
         Loop(exchange, 6, True).run()
+    assert open_device(0).free_bytes == free  # nothing of them was taken there
     assert pooler.close(20 * 10**9)
     assert cu.current() == found  # as torch's current device is that of the current context
     assert simulated.complaints() == 0
