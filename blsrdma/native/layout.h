@@ -112,7 +112,7 @@ struct alignas(kLine) Header {
                            // is in the receiver's device memory, in the window that goes with this one
   std::uint64_t checksum;  // of the message, where the exchange checks contents; else 0
   std::uint64_t check;
-  Counter arrived;         // of a sender that puts: iteration + 1. Not part of the check: it has one of its own
+  Counter arrived{};       // of a sender that puts: iteration + 1. Not part of the check: it has one of its own
 
   static constexpr std::uint64_t kInline = 0;
   static constexpr std::uint64_t kLarge = 1;
