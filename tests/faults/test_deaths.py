@@ -134,8 +134,11 @@ def _stopped(rank, world, store, seconds):
         for i in range(3):
             with exchange.post(np.full(world, i)):
                 pass
+        if rank == 2:
+            store.set("three", "1")
         if rank == 0:
             pid = int(store.get("pid 1"))
+            store.get("three")  # of its messages to rank 2, too, none is on its way when it is stopped
             os.kill(pid, signal.SIGSTOP)
             stopped_at = time.monotonic()
         if rank == 1:  # it must not run on to the bound itself before the signal comes
